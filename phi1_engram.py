@@ -153,7 +153,8 @@ class PhiEngramConfig(PhiConfig):
 
     def _check_layers(self):
         layers, depth = self.engram_layer_ids, self.num_hidden_layers
-        allowed = f"Las capas de este modelo van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{min(1, depth - 1)}]."
+        example = min(1, depth - 1)
+        allowed = f"Las capas de este modelo van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{example}]."
         if layers is None:
             layers = [i for i in (1, 15) if i < depth]
             if not layers:
@@ -577,7 +578,10 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
         self, hidden, rows=None, real=None, *, attention_mask=None, position_embeddings=None, past_key_values=None,
         **kwargs,
     ):  # fmt: skip
-        """[B, T, d] -> [B, T, d], attention weights or None. `rows` is positional: checkpointing must see its gradient."""
+        """[B, T, d] -> [B, T, d], attention weights or None.
+
+        `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
+        """
         if self.engram is not None and rows is not None:
             hidden = hidden + self.engram(hidden, rows, real, past_key_values)
         normed = self.input_layernorm(hidden)
@@ -770,7 +774,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
 
 
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
-    """Phi-1 with Engram as a language model: ids -> logits, loss. `generate`, `from_pretrained`, `push_to_hub` inherited.
+    """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
     Opening a plain Phi checkpoint grafts an untrained memory on it, whose logits are the plain model's exactly.
 
