@@ -1,0 +1,893 @@
+"""Train the memory first and the whole model after, or show on this machine that the memory pays.
+
+    python train_phi_engram.py --demo                    # no Hub, no GPU: base, control and Engram, with a table
+    python train_phi_engram.py --datos mi-codigo/        # phi1-engram/ -> phi1-engram-trained/
+    python train_phi_engram.py --datos mi-codigo/ --reanudar
+    python train_phi_engram.py --datos mi-codigo/ --subir mi-usuario/phi1-engram
+
+Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at five times Phi's rate. Table gradients
+are row-sparse: a step touches the rows that its batch reads.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sysconfig
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from threading import current_thread, main_thread
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+from load_phi_engram import (
+    CHAT_TEMPLATE,
+    SpanishParser,
+    UserError,
+    load_phi_1_with_engram,
+    open_model,
+    run_script,
+    whole_folder,
+)
+from phi1_engram import PHI_1
+
+TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
+HELD_OUT_SHARE = 20  # one document in twenty is never trained on
+NOT_CORPUS = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Rates are Adam's; each phase warms up and then decays to a tenth by a cosine."""
+
+    backbone_rate: float  # phase 2
+    memory_rates: tuple[float, float]  # dense Engram weights, phase 1 and 2
+    table_rates: tuple[float, float]  # table rows, phase 1 and 2; never with weight decay
+    batch: int  # blocks per micro-batch
+    length: int  # tokens per block
+    accumulate: int = 1  # micro-batches per step
+    steps: tuple[int, int] = (0, 0)  # of phase 1 and phase 2; 0 skips the phase
+    weight_decay: float = 0.1  # backbone matrices only
+    clip: float = 1.0  # norm of the dense gradients; Adam's row updates need none
+    seed: int = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.length * self.accumulate
+
+
+# Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
+PHI_1_RECIPE = Recipe(
+    backbone_rate=1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8
+)
+# A small model trained from scratch takes, and needs, far higher rates.
+DEMO_RECIPE = Recipe(
+    backbone_rate=5e-4, memory_rates=(2.5e-3, 2.5e-3), table_rates=(5e-3, 5e-3), batch=16, length=256, steps=(125, 125)
+)
+DEMO_BASE_STEPS = 600
+DEMO_BASE_RATE = 2e-3
+DEMO_CONTROL_RATES = (5e-4, 1e-3, 2e-3)
+DEMO_SHAPE = dict(
+    vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    max_position_embeddings=1024,
+)  # fmt: skip
+DEMO_ENGRAM = dict(
+    layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_per_ngram=128, n_head_per_ngram=8
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpus: files -> documents -> two memory-mapped files of token ids
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Corpus:
+    """Token ids, memory-mapped; `held_out` is never trained on."""
+
+    name: str
+    train: np.ndarray
+    held_out: np.ndarray
+    bytes_per_token: float  # of the held-out text
+    documents: int
+    skipped: list[str]
+    digest: str
+
+    def describe(self) -> str:
+        return (
+            f"{self.name}: {self.documents:,} documentos, {len(self.train):,} tokens para entrenar y "
+            f"{len(self.held_out):,} apartados para medir"
+        )
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def text_files(path: Path) -> list[Path]:
+    """Files to train on below `path` (or `path` itself), in a fixed order. Links to folders are not followed."""
+    if path.is_file():
+        return [path]
+    found, unwanted = [], NOT_CORPUS if path == standard_library() else {"__pycache__"}
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if name not in unwanted and not name.startswith("."))
+        found += [Path(folder, name) for name in sorted(names) if name.endswith(TEXT_SUFFIXES)]
+    return found
+
+
+def text_field(row) -> str | None:
+    return next((row[key] for key in ("text", "content", "code") if isinstance(row.get(key), str)), None)
+
+
+def documents(files: list[Path], skipped: list[str]):
+    """Yield one text per file, or per line of a .jsonl. What is no text is named in `skipped`."""
+    for path in files:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            skipped.append(f"{path} ({'no es UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror})")
+            continue
+        if not text.strip() or "\0" in text:
+            skipped.append(f"{path} ({'binario' if text.strip() else 'vacío'})")
+        elif path.suffix != ".jsonl":
+            yield text
+        else:
+            for number, line in enumerate(text.splitlines(), 1):
+                try:
+                    content = text_field(json.loads(line)) if line.strip() else ""
+                except (ValueError, AttributeError):
+                    content = None
+                if content:
+                    yield content
+                elif content is None:
+                    skipped.append(f"{path}:{number} (sin un campo de texto 'text', 'content' o 'code')")
+
+
+def dataset_documents(name: str):
+    """Stream the texts of a dataset from the Hub, through the optional package `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset necesita un paquete más. Instálalo con: pip install datasets") from None
+    try:
+        for row in datasets.load_dataset(name, split="train", streaming=True):
+            if (text := text_field(row)) is None:
+                raise UserError(
+                    f"El dataset '{name}' no tiene una columna de texto llamada text, content o code, sino "
+                    f"{', '.join(row)}. Guárdalo como .jsonl con un campo 'text' y usa --datos."
+                )
+            yield text
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No se pudo leer el dataset '{name}' del Hub ({type(error).__name__}). Comprueba el nombre y la conexión, "
+            "o usa archivos tuyos con --datos CARPETA."
+        ) from error
+
+
+def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, max_tokens=None) -> Corpus:
+    """Tokenise once into memory-mapped files that the next run finds again.
+
+    Args:
+        source: folder or file; the Python standard library when neither it nor `dataset` is given.
+        length: tokens per block; a part with less than one block is refused.
+        max_tokens: stop reading after so many.
+    Raises:
+        UserError: nothing there, nothing that is text, or too little of it.
+    """
+    skipped: list[str] = []
+    if dataset:
+        name, files, stream = f"dataset {dataset}", [], dataset_documents(dataset)
+    else:
+        path = standard_library() if source is None else Path(source).expanduser().resolve()
+        if not path.exists():
+            raise UserError(f"No existe '{source}'. Indica una carpeta o un archivo con --datos.")
+        name, files = "biblioteca estándar de Python" if source is None else path.name, text_files(path)
+        if not files:
+            raise UserError(f"En '{path}' no hay archivos {', '.join(TEXT_SUFFIXES)}. Indica otra carpeta con --datos.")
+        stream = documents(files, skipped)
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    key = json.dumps([name, stats, seed, max_tokens, tokenizer.backend_tokenizer.to_str()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram"
+    folder = cache / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if dataset or not folder.exists():
+        _tokenise(tokenizer, stream, skipped, folder, len(files) or None, seed, max_tokens)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    # An empty file cannot be mapped.
+    train, held_out = (
+        np.memmap(folder / f"{part}.bin", meta["dtype"], "r") if tokens else np.zeros(0, meta["dtype"])
+        for part, tokens in zip(("train", "held"), meta["tokens"])
+    )
+    bytes_per_token = meta["bytes"][1] / max(1, meta["tokens"][1])
+    if len(held_out) < max(length, len(train) // 200):
+        # Too few documents to set some aside whole: the tail of the text takes their place.
+        cut = len(train) - len(train) // HELD_OUT_SHARE
+        train, held_out, bytes_per_token = train[:cut], train[cut:], sum(meta["bytes"]) / sum(meta["tokens"])
+    if len(train) < length or len(held_out) < length:
+        raise UserError(
+            f"El corpus es demasiado pequeño: {len(train):,} tokens para entrenar y {len(held_out):,} para medir, y "
+            f"cada parte necesita al menos un bloque de {length}. Añade texto o baja --longitud."
+        )
+    return Corpus(name, train, held_out, bytes_per_token, meta["documents"], meta["skipped"], meta["digest"])
+
+
+def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    tokens, size, count, digest = [0, 0], [0, 0], 0, hashlib.sha256()
+    with whole_folder(folder) as temporary, tqdm(stream, total=total, desc="Tokenizando", unit=" doc") as bar:
+        with open(temporary / "train.bin", "wb") as train, open(temporary / "held.bin", "wb") as held:
+            reader = iter(bar)
+            while texts := list(islice(reader, 64)):
+                for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"]):
+                    raw = text.encode("utf-8", "replace")
+                    # Told apart by their text, so that two copies of a file fall on the same side.
+                    draw = int.from_bytes(hashlib.sha256(b"%d\n%b" % (seed, raw)).digest()[:8], "big")
+                    side = int(draw % HELD_OUT_SHARE == 0)
+                    packed = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
+                    (train, held)[side].write(packed)
+                    digest.update(packed)
+                    tokens[side] += len(ids) + 1
+                    size[side] += len(raw)
+                    count += 1
+                if max_tokens and sum(tokens) >= max_tokens:
+                    break
+        if not count:
+            raise UserError(f"No se encontró ningún texto con que entrenar. Se saltó: {'; '.join(skipped[:3]) or 'nada'}.")
+        meta = dict(
+            dtype=dtype.name, documents=count, tokens=tokens, bytes=size, skipped=skipped, digest=digest.hexdigest()
+        )
+        (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+@lru_cache(maxsize=4)
+def _block_order(n_blocks: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(n_blocks))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def batch_at(tokens: np.ndarray, index: int, recipe: Recipe) -> torch.LongTensor:
+    """Micro-batch number `index` of the endless shuffled stream of blocks: int64 [batch, length].
+
+    A function of its arguments alone, so that a resumed run reads what the interrupted one would have.
+    """
+    n_blocks = len(tokens) // recipe.length
+    blocks = []
+    for number in range(index * recipe.batch, (index + 1) * recipe.batch):
+        epoch, place = divmod(number, n_blocks)
+        start = _block_order(n_blocks, epoch, recipe.seed)[place] * recipe.length
+        blocks.append(np.asarray(tokens[start : start + recipe.length], dtype=np.int64))
+    return torch.from_numpy(np.stack(blocks))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser, one step, evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class EngramOptimizer(torch.optim.Optimizer):
+    """AdamW for dense weights and SparseAdam for tables behind one `step`.
+
+    As one optimiser it makes one decision when a float16 gradient overflows: all of it steps, or nothing does.
+    """
+
+    def __init__(self, dense, tables=()):
+        self.parts = [torch.optim.AdamW(dense)]
+        if tables:
+            self.parts.append(torch.optim.SparseAdam(tables))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def make_optimizer(model, backbone_rate: float, memory_rate: float, table_rate: float, decay: float) -> EngramOptimizer:
+    """Groups of the parameters that require a gradient; tables get row-sparse gradients and no weight decay."""
+    groups = {"matrices": [], "vectors": [], "memory": [], "tables": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "tables" if "engram_tables" in name else "memory" if "engram" in name else "matrices"
+            groups["vectors" if kind == "matrices" and parameter.ndim < 2 else kind].append(parameter)
+    for module in model.modules():
+        if hasattr(module, "sparse_grad"):
+            module.sparse_grad = True
+    dense = [
+        dict(params=groups["matrices"], lr=backbone_rate, weight_decay=decay),
+        dict(params=groups["vectors"], lr=backbone_rate, weight_decay=0.0),
+        dict(params=groups["memory"], lr=memory_rate, weight_decay=0.0),
+    ]
+    tables = [dict(params=groups["tables"], lr=table_rate)] if groups["tables"] else []
+    optimizer = EngramOptimizer([group for group in dense if group["params"]], tables)
+    for group in optimizer.param_groups:
+        group["full_lr"] = group["lr"]
+    return optimizer
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 256) -> dict:
+    """Loss (nats per token), perplexity and bits per byte on the held-out part, at blocks spread evenly over it."""
+    was_training = model.training
+    model.eval()
+    n_blocks = len(corpus.held_out) // recipe.length
+    chosen = np.unique(np.linspace(0, n_blocks - 1, min(n_blocks, max_blocks)).astype(int))
+    total = count = 0
+    for start in range(0, len(chosen), recipe.batch):
+        rows = [corpus.held_out[i * recipe.length :][: recipe.length] for i in chosen[start : start + recipe.batch]]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        total += loss.double().item() * ids.shape[0]
+        count += ids.shape[0]
+    model.train(was_training)
+    loss = total / count
+    return dict(
+        loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / corpus.bytes_per_token
+    )
+
+
+@contextmanager
+def stop_requests():
+    """Yield a list that is empty until Ctrl-C or kill asks to stop after the current step; twice stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("\nTermino este paso y lo dejo; otra vez Ctrl-C para salir ya.")
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    old = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, first=0, offset=0, on_step=None) -> float:
+    """Train from step `first` to `steps`. Returns the seconds spent computing.
+
+    Args:
+        offset: steps of earlier phases, whose batches are not read again before the corpus is through.
+        on_step: called after each step with (steps done, loss in nats per token, seconds so far); may raise to stop.
+    """
+    model.train()
+    dense = [p for group in optimizer.param_groups for p in group["params"] if "weight_decay" in group]
+    seconds, recent = 0.0, []
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=label, unit="paso")
+    for step in bar:
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * rate_factor(step, steps)
+        loss = 0.0
+        for micro in range(recipe.accumulate):
+            ids = batch_at(corpus.train, (offset + step) * recipe.accumulate + micro, recipe).to(accelerator.device)
+            part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
+            accelerator.backward(part)
+            loss += part.item()
+        accelerator.clip_grad_norm_(dense, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - started
+        recent = [*recent[-19:], loss]
+        speed = recipe.tokens_per_step * (step + 1 - first) / seconds
+        bar.set_postfix_str(f"pérdida {sum(recent) / len(recent):.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if on_step:
+            on_step(step + 1, loss, seconds)
+    return seconds
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two phases
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model) -> str:
+    """Digest of every backbone tensor's bytes: equal before and after means bit-identical."""
+    digest = hashlib.blake2b()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "engram" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_accelerator() -> Accelerator:
+    """bfloat16 where the card computes it (capability 8.0), float16 with loss scaling below, float32 on a CPU."""
+    precision = "no"
+    if torch.cuda.is_available():
+        precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "Este script entrena con un solo proceso. Ejecútalo con python train_phi_engram.py, sin accelerate launch."
+        )
+    return accelerator
+
+
+def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200) -> dict:
+    """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
+
+    Args:
+        model: PhiEngramForCausalLM in float32; trained in place.
+        output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
+        resume: go on from the last checkpoint.
+        save_every: steps between checkpoints.
+    Returns:
+        {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
+        "history": [{"phase", "step", "loss"}, ...]}; results are measured before phase 1 and after each phase.
+    Raises:
+        UserError: nothing to resume, a checkpoint of another corpus, recipe or shape, or one in the way.
+        KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
+    """
+    output = Path(output)
+    checkpoints = output.with_name(output.name + "-checkpoints")
+    saved = max(checkpoints.glob("fase-*-paso-*"), default=None)
+    shape = {key: value for key, value in model.config.to_dict().items() if key not in ("transformers_version", "dtype")}
+    identity = json.loads(json.dumps(dict(asdict(recipe), corpus=corpus.digest, **shape), default=str))
+    state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
+    if resume:
+        if saved is None:
+            raise UserError(f"No hay ningún punto de control en {checkpoints}. Empieza sin --reanudar.")
+        state = json.loads((saved / "estado.json").read_text())
+        different = {key for key in identity if identity[key] != state["identity"].get(key)}
+        if different:
+            listed = "; ".join(f"{key}: {state['identity'].get(key)} → {identity[key]}" for key in sorted(different))
+            raise UserError(
+                f"El punto de control {saved} es de otro entrenamiento y no se puede seguir con este ({listed}). "
+                "Repite las opciones de entonces, o elige otra --salida para empezar uno nuevo."
+            )
+    elif saved is not None:
+        raise UserError(
+            f"En {checkpoints} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
+            "borra esa carpeta o elige otra --salida."
+        )
+    accelerator = make_accelerator()
+    set_seed(recipe.seed)
+    history, results = state["history"], state["results"]
+
+    def save(**position):
+        # Under a name of its own, and the older one goes only then: there always is a whole one.
+        checkpoint = checkpoints / f"fase-{position['phase']}-paso-{position['step']:07d}"
+        with whole_folder(checkpoint) as temporary:
+            accelerator.save_state(str(temporary))
+            (temporary / "estado.json").write_text(json.dumps(dict(state, **position, identity=identity)))
+        for old in checkpoints.glob("fase-*-paso-*"):
+            if old != checkpoint:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def measure(name, **speed):
+        results.append(dict(name=name, **evaluate(model, corpus, recipe, accelerator.device), **speed))
+        print(result_line(results[-1]))
+
+    with stop_requests() as stop:
+        for phase in (1, 2):
+            steps, first, seconds = recipe.steps[phase - 1], 0, 0.0
+            if not steps or phase < state["phase"]:
+                continue
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(phase == 2 or "engram" in name)
+            optimizer = make_optimizer(
+                model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
+                recipe.weight_decay,
+            )  # fmt: skip
+            model, optimizer = accelerator.prepare(model, optimizer)
+            if resume and phase == state["phase"]:
+                accelerator.load_state(str(saved))
+                first, seconds = state["step"], state["seconds"]
+                print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
+            elif phase == 2:
+                save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
+            if not results:
+                measure("antes de entrenar")
+
+            def on_step(step, loss, spent, phase=phase, steps=steps, seconds=seconds):
+                history.append(dict(phase=phase, step=step, loss=round(loss, 5)))
+                if stop or (step % save_every == 0 and step < steps):
+                    save(phase=phase, step=step, seconds=seconds + spent)
+                if stop:
+                    raise KeyboardInterrupt
+
+            seconds += run_steps(
+                accelerator, model, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}", first=first,
+                offset=0 if phase == 1 else recipe.steps[0], on_step=on_step,
+            )  # fmt: skip
+            what = "solo la memoria" if phase == 1 else "todo el modelo"
+            speed = recipe.tokens_per_step * steps / seconds
+            measure(f"tras la fase {phase} ({what})", tokens_per_second=speed, seconds=seconds)
+            if phase == 1:
+                if fingerprint(model) != state["backbone"]:
+                    raise RuntimeError("phase 1 changed the backbone")
+                print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+            model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+    return dict(results=results, history=history, recipe=recipe, corpus=corpus)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results: table, picture, card, folder, Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def result_line(result: dict) -> str:
+    return (
+        f"   Texto apartado, {result['name']}: pérdida {result['loss']:.4f}, perplejidad {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.3f} bits por byte"
+    )
+
+
+def result_table(results: list[dict]) -> str:
+    """Markdown table of held-out results."""
+    lines = ["| modelo | pérdida | perplejidad | bits/byte | tokens/s | tiempo |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in results:
+        speed = f"{row['tokens_per_second']:,.0f}" if "seconds" in row else "–"
+        spent = f"{row['seconds']:,.0f} s" if "seconds" in row else "–"
+        lines.append(
+            f"| {row['name']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} "
+            f"| {speed} | {spent} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int], path) -> None:
+    """Training loss by step, smoothed, with the held-out loss before, between and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    places = [0]
+    for phase, what in ((1, "solo la memoria"), (2, "todo el modelo")):
+        losses = [row["loss"] for row in history if row["phase"] == phase]
+        if losses:
+            window, start = max(1, len(losses) // 40), places[-1]
+            smooth = np.convolve(losses, np.ones(window) / window, "valid")
+            axes.plot(np.arange(len(smooth)) + start + window, smooth, label=f"entrenamiento, fase {phase} ({what})")
+            places.append(start + steps[phase - 1])
+    held_out = [row["loss"] for row in results]
+    axes.plot(places, held_out, "o--", color="black", label="texto apartado")
+    for place, loss in zip(places, held_out):
+        axes.annotate(f"{loss:.3f}", (place, loss), textcoords="offset points", xytext=(4, 6))
+    axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+CARD = """---
+language: [es, en]
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+tags: [engram, phi, code, custom_code]
+{base}---
+
+# {name}
+
+Phi con la memoria condicional **Engram** de DeepSeek: tablas de n-gramas que se consultan en tiempo constante por token
+y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone:,} de Phi y {memory:,} de
+Engram.
+
+## Uso
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+inputs = tokenizer("def print_prime(n):", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
+```
+
+Es un modelo base: completa código y textos; no se le ha enseñado a conversar.
+
+## Datos
+
+{corpus}. Los documentos apartados no se han usado nunca para entrenar.
+
+## Receta
+
+Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
+(tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
+{table_rates[1]:g}. Adam, en las tablas solo sobre las filas leídas; {batch} × {accumulate} bloques de {length} tokens
+por paso; decaimiento {weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
+
+## Resultados en el texto apartado
+
+{table}
+
+![Curvas de pérdida](perdidas.png)
+"""
+
+
+def save_trained(model, tokenizer, outcome: dict, output, repo: str | None = None) -> None:
+    """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
+    recipe, config, name = outcome["recipe"], model.config, Path(output).name
+    memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
+    described = outcome["corpus"].describe()
+    card = CARD.format(
+        base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
+        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=memory,
+        backbone=model.num_parameters() - memory, corpus=described[0].upper() + described[1:],
+        table=result_table(outcome["results"]), **asdict(recipe),
+    )  # fmt: skip
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in outcome["history"] + outcome["results"]]
+        (folder / "entrenamiento.jsonl").write_text("".join(rows), encoding="utf-8")
+        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
+
+
+def hub_token() -> str:
+    """The token of the environment, of Colab's secrets or of Kaggle's."""
+    from huggingface_hub import get_token
+
+    token = get_token()  # HF_TOKEN, Colab's secrets, a login on this machine
+    if token is None:
+        try:
+            from kaggle_secrets import UserSecretsClient
+
+            token = UserSecretsClient().get_secret("HF_TOKEN")
+        except Exception:  # not on Kaggle, or no secret of that name: the message below serves both
+            raise UserError(
+                "--subir necesita tu llave de Hugging Face con permiso de escritura. Créala en "
+                "https://huggingface.co/settings/tokens y guárdala como secreto HF_TOKEN (Colab: icono de la llave; "
+                "Kaggle: Add-ons → Secrets) o, en una terminal: export HF_TOKEN=hf_…"
+            ) from None
+    return token
+
+
+def on_hub(action, repo: str, advice: str):
+    """Call `action(HfApi)`; the Hub's many errors become one sentence with their first line."""
+    from huggingface_hub import HfApi
+
+    try:
+        return action(HfApi(token=hub_token()))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"El Hub no aceptó '{repo}' ({reason}). {advice}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Demo: a small Phi from scratch, then memory against no memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def demo_tokenizer(files: list[Path], vocab_size: int):
+    """Byte-level BPE trained on `files`, with <|endoftext|> as stop token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(documents(files, []), trainer)
+    end = "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def train_plain(model, corpus, recipe, rate, *, steps, offset, label) -> dict:
+    """Train a Phi without memory, in place, with the same loop, and measure it."""
+    accelerator = make_accelerator()
+    set_seed(recipe.seed)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, rate, 0, 0, recipe.weight_decay))
+    with stop_requests() as stop:
+
+        def on_step(*_):
+            if stop:
+                raise KeyboardInterrupt
+
+        seconds = run_steps(
+            accelerator, model, optimizer, corpus, recipe, steps=steps, label=label, offset=offset, on_step=on_step
+        )
+    measured = evaluate(model, corpus, recipe, accelerator.device)
+    accelerator.free_memory()
+    return dict(**measured, seconds=seconds, tokens_per_second=recipe.tokens_per_step * steps / seconds)
+
+
+def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: int = DEMO_BASE_STEPS) -> list[dict]:
+    """Small Phi from scratch on the standard library; then Engram in two phases against the same Phi without memory.
+
+    Both go on from the same base, on the same tokens in the same order; the control at the best of three rates.
+    Returns the rows of the table printed.
+    """
+    output = Path(output)
+    control_output = output.with_name(output.name + "-control")
+    further = sum(recipe.steps)
+    print("Demostración sin Hub: entreno un Phi pequeño con la biblioteca estándar de Python, le injerto la memoria")
+    print("y lo comparo con el mismo Phi sin memoria. Unos 15 minutos con dos núcleos.\n")
+    started = time.perf_counter()
+    tokenizer = demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"])
+    corpus = prepare_corpus(tokenizer, length=recipe.length, seed=recipe.seed)
+    print(corpus.describe())
+    with tempfile.TemporaryDirectory() as scratch:
+        set_seed(recipe.seed)
+        end = tokenizer.eos_token_id
+        base = PhiForCausalLM(PhiConfig(**DEMO_SHAPE, bos_token_id=end, eos_token_id=end))
+        results = [
+            dict(
+                name="Phi de partida",
+                **train_plain(base, corpus, recipe, DEMO_BASE_RATE, steps=base_steps, offset=0, label="Phi de partida"),
+            )
+        ]
+        print(result_line(results[-1]))
+        base.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        # A new order, the same for control and memory.
+        rest = replace(recipe, seed=recipe.seed + 1)
+        best = None
+        for rate in DEMO_CONTROL_RATES:
+            control = PhiForCausalLM.from_pretrained(scratch)
+            label = f"Control (tasa {rate:g})"
+            row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
+            print(result_line(row))
+            if best is None or row["loss"] < best["loss"]:
+                best = row
+                with whole_folder(control_output) as folder:
+                    control.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
+            results.append(row)
+        shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
+        model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
+        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9)
+    save_trained(model, tokenizer, outcome, output)
+    shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
+    results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
+    print(f"\nPérdida en {len(corpus.held_out):,} tokens que ningún modelo ha visto (menos es mejor):\n")
+    print(result_table(results))
+    gain = best["loss"] - results[-1]["loss"]
+    if gain > 0:
+        print(f"\n✅ Con los mismos {further} pasos más, la memoria gana {gain:.3f} nats por token al mejor control.")
+    else:
+        print(f"\n❌ Con los mismos {further} pasos más, la memoria pierde {-gain:.3f} nats por token con el control.")
+    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. {time.perf_counter() - started:,.0f} s en total.")
+    print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = SpanishParser(
+        description="Entrena la memoria Engram (fase 1) y después todo el modelo (fase 2).",
+        epilog="Ejemplo: python train_phi_engram.py --datos mi-codigo/ --salida phi1-engram-trained",
+    )
+    parser.add_argument("--demo", action="store_true", help="sin Hub ni GPU: unos 15 minutos, con control y tabla")
+    parser.add_argument("--modelo", default="phi1-engram", help="carpeta o usuario/nombre (por defecto, %(default)s)")
+    parser.add_argument("--datos", help="carpeta o archivo .py, .txt, .md, .jsonl (por defecto, la biblioteca estándar)")
+    parser.add_argument("--dataset", help="dataset del Hub, con el paquete opcional datasets")
+    parser.add_argument("--max-tokens", type=int, help="dejar de leer el corpus tras tantos tokens")
+    parser.add_argument("--salida", default="phi1-engram-trained", help="carpeta final (por defecto, %(default)s)")
+    parser.add_argument("--pasos-fase1", type=int, help="pasos de la fase 1 (por defecto, una pasada al corpus)")
+    parser.add_argument("--pasos-fase2", type=int, help="pasos de la fase 2 (por defecto, una pasada al corpus)")
+    parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
+    parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
+    parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
+    parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
+    parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
+    parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
+    parser.add_argument("--subir", metavar="USUARIO/NOMBRE", help="subir el resultado al Hub, privado")
+    parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
+    args = parser.parse_args(argv)
+    for name in ("longitud", "lote", "acumular", "guardar_cada", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1 + (name == "longitud"):
+            raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
+    if args.datos and args.dataset:
+        raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
+    if args.publico and not args.subir:
+        raise UserError("--publico solo tiene sentido con --subir usuario/nombre.")
+    if args.subir and args.subir.count("/") != 1:
+        raise UserError(f"--subir {args.subir} no es válido: escribe tu-usuario/nombre.")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.demo:
+        demo()
+        return
+    output = Path(args.salida)
+    if output.exists() and not args.reanudar:
+        raise UserError(f"{output}/ ya existe y no la voy a pisar. Elige otra --salida, o bórrala si ya no la quieres.")
+    if args.subir:
+        # Before training, so that a wrong name or key is not found out after it.
+        on_hub(
+            lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
+            "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
+        )  # fmt: skip
+    model, tokenizer = open_model(args.modelo, dtype=torch.float32)
+    if args.longitud > model.config.max_position_embeddings:
+        raise UserError(f"--longitud {args.longitud}: este modelo llega a {model.config.max_position_embeddings} tokens.")
+    if not args.datos and not args.dataset:
+        print("Sin --datos: entreno con la biblioteca estándar de Python.")
+    corpus = prepare_corpus(
+        tokenizer, args.datos, dataset=args.dataset, length=args.longitud, seed=args.semilla, max_tokens=args.max_tokens
+    )
+    print(corpus.describe())
+    if corpus.skipped:
+        print(f"Se saltaron {len(corpus.skipped)} archivos o líneas que no son texto; por ejemplo {corpus.skipped[0]}")
+    recipe = replace(
+        PHI_1_RECIPE, length=args.longitud, batch=args.lote, accumulate=args.acumular, seed=args.semilla
+    )
+    one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
+    asked = (args.pasos_fase1, args.pasos_fase2)
+    recipe = replace(recipe, steps=tuple(one_pass if steps is None else steps for steps in asked))
+    if min(recipe.steps) < 0 or not any(recipe.steps):
+        raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
+    print(f"Fase 1: {recipe.steps[0]} pasos. Fase 2: {recipe.steps[1]} pasos. {recipe.tokens_per_step:,} tokens por paso.")
+    print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
+    try:
+        outcome = train_model(
+            model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada
+        )
+    except KeyboardInterrupt:
+        print("\nPara seguir donde estaba: repite la misma orden con --reanudar")
+        raise
+    save_trained(model, tokenizer, outcome, output, args.subir)
+    shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
+    print(result_table(outcome["results"]))
+    print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
+    if args.subir:
+        on_hub(
+            lambda hub: hub.upload_folder(repo_id=args.subir, folder_path=output), args.subir,
+            f"El modelo está entero en {output}/; súbelo cuando haya conexión con: hf upload {args.subir} {output}",
+        )  # fmt: skip
+        print(f"✅ Subido a https://huggingface.co/{args.subir}")
+    print(f"Ahora: python chat_phi_engram.py --modelo {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)
