@@ -28,6 +28,7 @@ from threading import current_thread, main_thread
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
@@ -49,10 +50,7 @@ HELD_OUT_SHARE = 20  # one document in twenty is never trained on
 NOT_CORPUS = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recipes
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Recipes ----------
 
 @dataclass(frozen=True)
 class Recipe:
@@ -75,29 +73,20 @@ class Recipe:
 
 
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
-PHI_1_RECIPE = Recipe(
-    backbone_rate=1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8
-)
+PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8)
 # A small model trained from scratch takes, and needs, far higher rates.
 DEMO_RECIPE = Recipe(
-    backbone_rate=5e-4, memory_rates=(2.5e-3, 2.5e-3), table_rates=(5e-3, 5e-3), batch=16, length=256, steps=(125, 125)
+    5e-4, memory_rates=(2.5e-3, 2.5e-3), table_rates=(5e-3, 5e-3), batch=16, length=256, steps=(125, 125)
 )
-DEMO_BASE_STEPS = 600
-DEMO_BASE_RATE = 2e-3
-DEMO_CONTROL_RATES = (5e-4, 1e-3, 2e-3)
+DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 600, 2e-3, (5e-4, 1e-3, 2e-3)
 DEMO_SHAPE = dict(
     vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
     max_position_embeddings=1024,
 )  # fmt: skip
-DEMO_ENGRAM = dict(
-    layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_per_ngram=128, n_head_per_ngram=8
-)  # fmt: skip
+DEMO_ENGRAM = dict(layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_per_ngram=128, n_head_per_ngram=8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Corpus: files -> documents -> two memory-mapped files of token ids
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Corpus: files -> documents -> two memory-mapped files of token ids ----------
 
 @dataclass
 class Corpus:
@@ -150,7 +139,7 @@ def documents(files: list[Path], skipped: list[str]):
         elif path.suffix != ".jsonl":
             yield text
         else:
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(text.split("\n"), 1):
                 try:
                     content = text_field(json.loads(line)) if line.strip() else ""
                 except (ValueError, AttributeError):
@@ -249,7 +238,7 @@ def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
                 if max_tokens and sum(tokens) >= max_tokens:
                     break
         if not count:
-            raise UserError(f"No se encontró ningún texto con que entrenar. Se saltó: {'; '.join(skipped[:3]) or 'nada'}.")
+            raise UserError(f"No hay ningún texto con que entrenar. Se saltó: {'; '.join(skipped[:3]) or 'nada'}.")
         meta = dict(
             dtype=dtype.name, documents=count, tokens=tokens, bytes=size, skipped=skipped, digest=digest.hexdigest()
         )
@@ -277,10 +266,7 @@ def batch_at(tokens: np.ndarray, index: int, recipe: Recipe) -> torch.LongTensor
     return torch.from_numpy(np.stack(blocks))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser, one step, evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Optimiser, one step, evaluation ----------
 
 class EngramOptimizer(torch.optim.Optimizer):
     """AdamW for dense weights and SparseAdam for tables behind one `step`.
@@ -380,7 +366,7 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, first=0, offset=0, on_step=None) -> float:
+def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, first=0, offset=0, on_step=None):
     """Train from step `first` to `steps`. Returns the seconds spent computing.
 
     Args:
@@ -413,10 +399,7 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
     return seconds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Two phases
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Two phases ----------
 
 def fingerprint(model) -> str:
     """Digest of every backbone tensor's bytes: equal before and after means bit-identical."""
@@ -459,7 +442,7 @@ def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, res
     output = Path(output)
     checkpoints = output.with_name(output.name + "-checkpoints")
     saved = max(checkpoints.glob("fase-*-paso-*"), default=None)
-    shape = {key: value for key, value in model.config.to_dict().items() if key not in ("transformers_version", "dtype")}
+    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "dtype")}
     identity = json.loads(json.dumps(dict(asdict(recipe), corpus=corpus.digest, **shape), default=str))
     state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
     if resume:
@@ -540,10 +523,7 @@ def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, res
     return dict(results=results, history=history, recipe=recipe, corpus=corpus)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results: table, picture, card, folder, Hub
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Results: table, picture, card, folder, Hub ----------
 
 def result_line(result: dict) -> str:
     return (
@@ -554,13 +534,11 @@ def result_line(result: dict) -> str:
 
 def result_table(results: list[dict]) -> str:
     """Markdown table of held-out results."""
-    lines = ["| modelo | pérdida | perplejidad | bits/byte | tokens/s | tiempo |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| modelo | pérdida | perplejidad | bits por byte | tokens/s | tiempo |", "|" + " --- |" * 6]
     for row in results:
-        speed = f"{row['tokens_per_second']:,.0f}" if "seconds" in row else "–"
-        spent = f"{row['seconds']:,.0f} s" if "seconds" in row else "–"
+        spent = f"{row['tokens_per_second']:,.0f} | {row['seconds']:,.0f} s" if "seconds" in row else "– | –"
         lines.append(
-            f"| {row['name']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} "
-            f"| {speed} | {spent} |"
+            f"| {row['name']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} | {spent} |"
         )
     return "\n".join(lines)
 
@@ -621,7 +599,7 @@ Es un modelo base: completa código y textos; no se le ha enseñado a conversar.
 
 ## Datos
 
-{corpus}. Los documentos apartados no se han usado nunca para entrenar.
+Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 ## Receta
 
@@ -642,11 +620,10 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None = Non
     """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
     recipe, config, name = outcome["recipe"], model.config, Path(output).name
     memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
-    described = outcome["corpus"].describe()
     card = CARD.format(
         base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
         repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=memory,
-        backbone=model.num_parameters() - memory, corpus=described[0].upper() + described[1:],
+        backbone=model.num_parameters() - memory, corpus=outcome["corpus"].describe(),
         table=result_table(outcome["results"]), **asdict(recipe),
     )  # fmt: skip
     with whole_folder(output) as folder:
@@ -690,10 +667,7 @@ def on_hub(action, repo: str, advice: str):
         raise UserError(f"El Hub no aceptó '{repo}' ({reason}). {advice}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Demo: a small Phi from scratch, then memory against no memory
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Demo: a small Phi from scratch, then memory against no memory ----------
 
 def demo_tokenizer(files: list[Path], vocab_size: int):
     """Byte-level BPE trained on `files`, with <|endoftext|> as stop token."""
@@ -789,15 +763,13 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         print(f"\n✅ Con los mismos {further} pasos más, la memoria gana {gain:.3f} nats por token al mejor control.")
     else:
         print(f"\n❌ Con los mismos {further} pasos más, la memoria pierde {-gain:.3f} nats por token con el control.")
-    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. {time.perf_counter() - started:,.0f} s en total.")
+    seconds = time.perf_counter() - started
+    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {seconds:,.0f} s.")
     print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---------- Command line ----------
 
 def parse(argv):
     parser = SpanishParser(
@@ -806,7 +778,7 @@ def parse(argv):
     )
     parser.add_argument("--demo", action="store_true", help="sin Hub ni GPU: unos 15 minutos, con control y tabla")
     parser.add_argument("--modelo", default="phi1-engram", help="carpeta o usuario/nombre (por defecto, %(default)s)")
-    parser.add_argument("--datos", help="carpeta o archivo .py, .txt, .md, .jsonl (por defecto, la biblioteca estándar)")
+    parser.add_argument("--datos", help="carpeta o archivo .py, .txt, .md o .jsonl (sin él, la biblioteca estándar)")
     parser.add_argument("--dataset", help="dataset del Hub, con el paquete opcional datasets")
     parser.add_argument("--max-tokens", type=int, help="dejar de leer el corpus tras tantos tokens")
     parser.add_argument("--salida", default="phi1-engram-trained", help="carpeta final (por defecto, %(default)s)")
@@ -836,6 +808,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    transformers.logging.disable_progress_bar()  # its bars are English
+    transformers.logging.set_verbosity_error()
     if args.demo:
         demo()
         return
@@ -850,7 +824,7 @@ def main(argv=None):
         )  # fmt: skip
     model, tokenizer = open_model(args.modelo, dtype=torch.float32)
     if args.longitud > model.config.max_position_embeddings:
-        raise UserError(f"--longitud {args.longitud}: este modelo llega a {model.config.max_position_embeddings} tokens.")
+        raise UserError(f"--longitud {args.longitud}: el modelo llega a {model.config.max_position_embeddings} tokens.")
     if not args.datos and not args.dataset:
         print("Sin --datos: entreno con la biblioteca estándar de Python.")
     corpus = prepare_corpus(
@@ -859,15 +833,13 @@ def main(argv=None):
     print(corpus.describe())
     if corpus.skipped:
         print(f"Se saltaron {len(corpus.skipped)} archivos o líneas que no son texto; por ejemplo {corpus.skipped[0]}")
-    recipe = replace(
-        PHI_1_RECIPE, length=args.longitud, batch=args.lote, accumulate=args.acumular, seed=args.semilla
-    )
+    recipe = replace(PHI_1_RECIPE, length=args.longitud, batch=args.lote, accumulate=args.acumular, seed=args.semilla)
     one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
     asked = (args.pasos_fase1, args.pasos_fase2)
     recipe = replace(recipe, steps=tuple(one_pass if steps is None else steps for steps in asked))
     if min(recipe.steps) < 0 or not any(recipe.steps):
         raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
-    print(f"Fase 1: {recipe.steps[0]} pasos. Fase 2: {recipe.steps[1]} pasos. {recipe.tokens_per_step:,} tokens por paso.")
+    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {recipe.tokens_per_step:,} tokens por paso.")
     print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(

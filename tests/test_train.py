@@ -1,0 +1,374 @@
+"""Training: corpus, optimiser, both phases, interruption and resuming, the demo, what is left to share."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_phi_engram as train
+from load_phi_engram import UserError, load_phi_1_with_engram
+
+ROOT = Path(train.__file__).parent
+RECIPE = train.Recipe(
+    1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=32, accumulate=2, steps=(4, 4)
+)
+FUNCTION = "def add_{0}(first, second):\n    return first + second + {0}\n\n\n"
+
+
+@pytest.fixture(autouse=True)
+def corpus_cache(tmp_path, monkeypatch):
+    """Tokenised corpora go to a folder of the test's own, in subprocesses too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A folder of 60 small Python files, all different."""
+    folder = tmp_path / "codigo"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"m{i:02d}.py").write_text("".join(FUNCTION.format(100 * i + k) for k in range(5)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grafted(phi_folder, tmp_path_factory):
+    """A small phi1-engram/ folder, as load_phi_engram.py leaves it."""
+    folder = tmp_path_factory.mktemp("grafted") / "phi1-engram"
+    model, tokenizer = load_phi_1_with_engram(
+        phi_folder, engram_vocab_size=[499, 499], n_embed_per_ngram=16, n_head_per_ngram=4
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def open_grafted(folder):
+    return train.open_model(str(folder), dtype=torch.float32)
+
+
+def run(*arguments, cwd, **kwargs):
+    """train_phi_engram.py as a user runs it, from another folder."""
+    command = [sys.executable, str(ROOT / "train_phi_engram.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=300, **kwargs)
+
+
+SMALL = ["--longitud", 32, "--lote", 2, "--acumular", 1, "--pasos-fase1", 3, "--pasos-fase2", 3]
+
+
+# --- corpus
+
+
+def test_corpus_takes_what_is_text_and_names_the_rest(tmp_path, tokenizer):
+    folder = tmp_path / "datos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "uno.py").write_text("x = 1\n" * 200)
+    (folder / "sub" / "dos.md").write_text("# Título\n" * 200, encoding="utf-8")
+    rows = [json.dumps({"text": "hola " * 100}), "", json.dumps({"content": "adiós\u2028" * 100}, ensure_ascii=False)]
+    rows += [json.dumps({"otro": 1}), "esto no es JSON"]
+    (folder / "tres.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "vacio.txt").write_text("")
+    (folder / "binario.txt").write_bytes(b"abc\0def")
+    (folder / "latin1.txt").write_bytes("camión".encode("latin-1"))
+    (folder / "foto.png").write_bytes(b"no se mira")
+    (folder / "bucle").symlink_to(folder)
+    corpus = train.prepare_corpus(tokenizer, folder, length=8)
+    assert corpus.documents == 4
+    assert len(corpus.skipped) == 5
+    named = ("vacio.txt (vacío)", "binario.txt (binario)", "latin1.txt (no es UTF-8)", "tres.jsonl:4", "tres.jsonl:5")
+    for name in named:
+        assert any(name in line for line in corpus.skipped), name
+    ids = [*corpus.train, *corpus.held_out]
+    assert ids.count(tokenizer.eos_token_id) == 4  # documents are separated by one <|endoftext|>
+
+
+def test_corpus_is_tokenised_once_and_again_when_a_file_changes(code, tokenizer, monkeypatch):
+    first = train.prepare_corpus(tokenizer, code, length=32)
+    tokenise = train._tokenise
+    monkeypatch.setattr(train, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    again = train.prepare_corpus(tokenizer, code, length=32)
+    assert again.digest == first.digest and np.array_equal(again.train, first.train)
+    monkeypatch.setattr(train, "_tokenise", tokenise)
+    (code / "m00.py").write_text("y = 2\n" * 50)
+    assert train.prepare_corpus(tokenizer, code, length=32).digest != first.digest
+
+
+def test_held_out_documents_are_never_trained_on(code, tokenizer):
+    for i in range(60):
+        (code / f"copia{i:02d}.py").write_text((code / f"m{i:02d}.py").read_text())
+    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    separate = [
+        [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)]
+        for ids in (np.array(corpus.train), np.array(corpus.held_out))
+    ]
+    held_out = [text for text in separate[1] if text]
+    assert held_out and not set(held_out) & set(separate[0])
+    assert len(held_out) == 2 * len(set(held_out))  # both copies fell on this side
+
+
+def test_a_single_file_gives_its_tail_to_measure(tmp_path, tokenizer):
+    path = tmp_path / "todo.txt"
+    path.write_text("\n".join(f"línea número {i}" for i in range(2000)), encoding="utf-8")
+    corpus = train.prepare_corpus(tokenizer, path, length=32)
+    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // train.HELD_OUT_SHARE
+    assert "1999" in tokenizer.decode(corpus.held_out) and "1999" not in tokenizer.decode(corpus.train)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No existe"), ({"a.bin": "x"}, "no hay archivos"), ({"a.txt": ""}, "ningún texto"),
+                             ({"a.txt": "hola"}, "demasiado pequeño")],
+)  # fmt: skip
+def test_corpora_that_cannot_be_trained_on(tmp_path, tokenizer, content, message):
+    folder = tmp_path / "corpus"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        train.prepare_corpus(tokenizer, folder, length=32)
+
+
+def test_batches_cover_the_corpus_once_per_epoch_in_a_seeded_order():
+    tokens = np.arange(10 * 32 + 5, dtype=np.uint16)
+    epochs = [torch.cat([train.batch_at(tokens, i, RECIPE) for i in range(5 * e, 5 * e + 5)]) for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 320, 32))
+        assert torch.equal(epoch - epoch[:, :1], torch.arange(32).expand(10, -1))
+    assert not torch.equal(*epochs)
+    assert torch.equal(train.batch_at(tokens, 3, RECIPE), train.batch_at(tokens, 3, replace(RECIPE)))
+    assert not torch.equal(train.batch_at(tokens, 0, RECIPE), train.batch_at(tokens, 0, replace(RECIPE, seed=1)))
+
+
+# --- one step, evaluation
+
+
+def test_optimiser_takes_sparse_rows_and_leaves_unread_ones_alone():
+    model = helpers.make_model()
+    for name, parameter in model.named_parameters():
+        if "engram_tables" in name:
+            torch.nn.init.zeros_(parameter)
+    optimizer = train.make_optimizer(model, 1e-3, 1e-3, 1e-2, decay=0.1)
+    rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        decay = rates[id(parameter)].get("weight_decay", 0.0)
+        assert decay == (0.1 if "engram" not in name and parameter.ndim == 2 else 0.0), name
+    ids = helpers.random_ids(model, 2, 16)
+    model.train()
+    for _ in range(2):  # accumulated, as in training
+        model(ids, labels=ids).loss.backward()
+    for layer_id, index in model.model.ngram_indices(ids).items():
+        table = model.model.engram_tables[str(layer_id)]
+        assert table.weight.grad.is_sparse
+        place = model.config.engram_layer_ids.index(layer_id)
+        read = torch.unique(index + model.model.engram_hash.offsets[place])
+        optimizer.step()
+        touched = table.weight.detach().abs().sum(-1).nonzero()[:, 0]
+        assert set(touched.tolist()) <= set(read.tolist()) and len(touched) > 0.9 * len(read)
+
+
+def test_evaluation_is_the_mean_loss_of_the_held_out_blocks(tokenizer):
+    model = helpers.make_model(vocab_size=51200)
+    held_out = np.random.default_rng(0).integers(0, 51200, 5 * 32 + 7).astype(np.uint16)
+    corpus = train.Corpus("prueba", held_out, held_out, bytes_per_token=3.0, documents=1, skipped=[], digest="")
+    model.train()
+    measured = train.evaluate(model, corpus, RECIPE, "cpu")
+    assert model.training
+    blocks = torch.from_numpy(held_out[: 5 * 32].astype(np.int64)).view(5, 32)
+    with torch.no_grad():
+        logits = model.eval()(blocks).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 51200), blocks[:, 1:].reshape(-1)).item()
+    # float32 sums of 155 losses near 11 in two orders
+    assert measured["loss"] == pytest.approx(expected, abs=1e-4)
+    assert measured["perplexity"] == pytest.approx(np.exp(measured["loss"]))
+    assert measured["bits_per_byte"] == pytest.approx(measured["loss"] / np.log(2) / 3)
+
+
+# --- phases
+
+
+def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tmp_path, capsys):
+    model, tokenizer = open_grafted(grafted)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    outcome = train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(4, 0)), tmp_path / "fuera")
+    assert "ni un bit" in capsys.readouterr().out
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("engram" in name for name in changed)
+    assert any("engram_tables" in name for name in changed) and any("value_proj" in name for name in changed)
+    assert [row["name"] for row in outcome["results"]] == ["antes de entrenar", "tras la fase 1 (solo la memoria)"]
+    assert outcome["results"][1]["loss"] < outcome["results"][0]["loss"]
+
+
+def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
+    model, tokenizer = open_grafted(grafted)
+    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    steps = train.run_steps
+
+    def meddle(*args, **kwargs):
+        with torch.no_grad():
+            model.model.final_layernorm.bias[0] += 1e-3
+        return steps(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_steps", meddle)
+    with pytest.raises(RuntimeError, match="backbone"):
+        train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(2, 0)), tmp_path / "fuera")
+
+
+@pytest.mark.parametrize("stop_at", [("Fase 1", 2), ("Fase 2", 1), ("Fase 2", 3)])
+def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted, code, tmp_path, monkeypatch, stop_at):
+    steps = train.run_steps
+
+    def interrupted(*args, label, on_step, **kwargs):
+        def on_step_then_signal(step, loss, spent):
+            if (label, step) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            on_step(step, loss, spent)
+
+        return steps(*args, label=label, on_step=on_step_then_signal, **kwargs)
+
+    def trained(name, resume=False):
+        model, tokenizer = open_grafted(grafted)
+        corpus = train.prepare_corpus(tokenizer, code, length=32)
+        return model, train.train_model(model, tokenizer, corpus, RECIPE, tmp_path / name, resume=resume)
+
+    whole, _ = trained("entero")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run_steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained("partido")
+    resumed, outcome = trained("partido", resume=True)
+    expected = [(phase, step) for phase in (1, 2) for step in range(1, 5)]
+    assert [(row["phase"], row["step"]) for row in outcome["history"]] == expected
+    assert len(outcome["results"]) == 3
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_resuming_refuses_another_training_and_names_the_difference(grafted, code, tmp_path):
+    model, tokenizer = open_grafted(grafted)
+    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    output = tmp_path / "fuera"
+    with pytest.raises(UserError, match="ningún punto de control"):
+        train.train_model(model, tokenizer, corpus, RECIPE, output, resume=True)
+    train.train_model(model, tokenizer, corpus, RECIPE, output)  # leaves its last checkpoint; main() deletes it
+    with pytest.raises(UserError, match="--reanudar"):
+        train.train_model(model, tokenizer, corpus, RECIPE, output)
+    with pytest.raises(UserError, match=r"backbone_rate: 0.001 → 0.5"):
+        train.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
+    with pytest.raises(UserError, match="corpus"):
+        train.train_model(model, tokenizer, replace(corpus, digest="otro"), RECIPE, output, resume=True)
+
+
+# --- the script
+
+
+def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, tokenizer):
+    done = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ni un bit" in done.stdout and "tokens/s" in done.stderr
+    folder = tmp_path / "phi1-engram-trained"
+    expected = {"config.json", "generation_config.json", "model.safetensors", "phi1_engram.py", "tokenizer.json"}
+    expected |= {"README.md", "entrenamiento.jsonl", "perdidas.png"}
+    assert expected <= {path.name for path in folder.iterdir()}
+    assert not (tmp_path / "phi1-engram-trained-checkpoints").exists()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "codigo: 60 documentos" in card and "tras la fase 2" in card and "{" not in card.replace("{@", "")
+    rows = [json.loads(line) for line in (folder / "entrenamiento.jsonl").read_text().splitlines()]
+    assert sum("step" in row for row in rows) == 6 and sum("bits_per_byte" in row for row in rows) == 3
+    assert (folder / "perdidas.png").read_bytes()[:4] == b"\x89PNG"
+    check = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('def f(x):', return_tensors='pt').input_ids\n"
+        "print('logits', model(ids).logits.isfinite().all().item(), model.generation_config.eos_token_id)"
+    )
+    opened = subprocess.run(
+        [sys.executable, "-I", "-c", check, str(folder)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert f"logits True {tokenizer.eos_token_id}" in opened.stdout, opened.stderr
+    again = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
+    assert again.returncode == 1 and "ya existe" in again.stderr  # hours of training are not overwritten
+
+
+def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path):
+    options = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 1, "--acumular", 1]
+    options += ["--pasos-fase1", 40, "--pasos-fase2", 2, "--guardar-cada", 2]
+    command = [sys.executable, str(ROOT / "train_phi_engram.py"), *map(str, options)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "phi1-engram-trained-checkpoints"
+    limit = time.time() + 120
+    while not list(checkpoints.glob("fase-1-*")) and process.poll() is None and time.time() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--reanudar" in out and "Traceback" not in err
+    assert not (tmp_path / "phi1-engram-trained").exists()
+    done = run(*options, "--reanudar", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Sigo desde la fase 1, paso \d+ de 40", done.stdout)
+    weights = load_file(tmp_path / "phi1-engram-trained" / "model.safetensors")
+    original = load_file(Path(grafted) / "model.safetensors")
+    moved = [name for name in original if not torch.equal(original[name], weights[name])]
+    assert any("engram_tables" in name for name in moved) and any("self_attn" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--datos", "x", "--dataset", "y"], "Elige uno"),
+        (["--publico"], "--subir"),
+        (["--subir", "sin-barra"], "tu-usuario/nombre"),
+        (["--lote", "0"], "--lote 0"),
+        (["--modelo", "no-existe/ni/esto"], "No existe la carpeta"),
+        (["--dato", "x"], "--datos"),
+    ],
+)
+def test_mistakes_get_a_spanish_sentence_and_no_traceback(tmp_path, options, message):
+    done = run(*options, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("phi1-engram*"))
+
+
+def test_subir_without_a_key_is_found_out_before_training(grafted, code, tmp_path):
+    done = run("--modelo", grafted, "--datos", code, *SMALL, "--subir", "ana/phi1-engram", cwd=tmp_path)
+    assert done.returncode == 1 and "HF_TOKEN" in done.stderr and "Traceback" not in done.stderr
+    assert "Fase 1" not in done.stdout
+
+
+def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        train.prepare_corpus(tokenizer, dataset="ana/codigo")
+
+
+def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
+    """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
+    library = [path for path in train.text_files(train.standard_library()) if path.name < "c"][:25]
+    monkeypatch.setattr(train, "text_files", lambda path: library)
+    monkeypatch.setattr(train, "DEMO_SHAPE", {**train.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
+    monkeypatch.setattr(train, "DEMO_ENGRAM", {**train.DEMO_ENGRAM, "engram_vocab_size": [300, 300]})
+    recipe = replace(train.DEMO_RECIPE, batch=2, length=64, steps=(3, 3))
+    results = train.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
+    out = capsys.readouterr().out
+    assert "15 minutos" in out and "| Phi de partida |" in out and "Control (tasa" in out
+    assert len(results) == 1 + len(train.DEMO_CONTROL_RATES) + 2
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(tmp_path / "phi1-engram-demo-control").model_type == "phi"
+    model, tokenizer = train.open_model(str(tmp_path / "phi1-engram-demo"))
+    assert model.config.engram_layer_ids == [1, 2] and tokenizer.chat_template
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"phi1-engram-demo", "phi1-engram-demo-control"}
