@@ -29,6 +29,7 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     PhiConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -104,6 +105,11 @@ class PhiEngramConfig(PhiConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} no es divisible entre num_attention_heads={self.num_attention_heads}."
             )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} no es divisible entre "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(
@@ -122,6 +128,8 @@ class PhiEngramConfig(PhiConfig):
                 f"n_embed_per_ngram={self.n_embed_per_ngram} no es divisible entre "
                 f"n_head_per_ngram={self.n_head_per_ngram}: cada cabeza guarda el mismo número de valores."
             )
+        if not isinstance(self.engram_seed, int) or self.engram_seed < 0:
+            raise ValueError(f"engram_seed={self.engram_seed!r} no es válida: es un número entero, 0 o mayor.")
         orders = self.max_ngram_size - 1
         if self.engram_vocab_size is None:
             self.engram_vocab_size = [256000] * orders
@@ -168,6 +176,13 @@ class PhiEngramConfig(PhiConfig):
             raise ValueError(f"engram_layer_ids={list(layers)!r} repite capas: escribe cada una una sola vez.")
         # The order matters: primes are handed out layer by layer.
         self.engram_layer_ids = list(layers)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers sets what is given beside a file afterwards, past all checks and derived values.
+        names = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self):
         # Left out so that a plain PhiForCausalLM opens the same folder with its own plain cache.
@@ -364,9 +379,10 @@ def with_history(x: torch.Tensor, length: int, cache: Cache | None, layer_idx: i
     Returns:
         [B, ..., length + T].
     """
-    if cache is not None and length > 0:
+    if cache is not None:
         new = x.shape[-1]
-        x = cache.update_conv_state(x, layer_idx, state_idx=state_idx, conv_kernel_size=length)
+        # At least one is kept, whatever its use: a cache layer with an empty state cannot be cut back.
+        x = cache.update_conv_state(x, layer_idx, state_idx=state_idx, conv_kernel_size=max(length, 1))
         # While it records the past the cache returns more than was asked, and after a short first chunk less.
         x = x[..., -(length + new) :]
         return F.pad(x, (length + new - x.shape[-1], 0))
@@ -670,8 +686,12 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         length = self.config.max_ngram_size - 1
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
         for layer_id in self.config.engram_layer_ids:
-            history = with_history(stored, length, cache, layer_id, state_idx=1)
-        return self.engram_hash(history)
+            # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
+            # reorders all states of a cache layer on one device.
+            device = self.layers[layer_id].engram.value_proj.weight.device
+            ids = stored if device.type == "meta" else stored.to(device)
+            history = with_history(ids, length, cache, layer_id, state_idx=1)
+        return self.engram_hash(history.to(stored.device))
 
     @torch.no_grad()
     def ngram_indices(self, input_ids: torch.LongTensor, attention_mask=None) -> dict[int, torch.LongTensor]:
@@ -790,6 +810,14 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         self.model = PhiEngramModel(config, tokenizer)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        return loaded
 
     def forward(
         self,

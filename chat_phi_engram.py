@@ -1,0 +1,363 @@
+"""Talk with Phi-1 and its memory in the terminal, or let it complete code.
+
+    python chat_phi_engram.py                                        # the model that the other scripts left here
+    python chat_phi_engram.py --modelo usuario/nombre --codigo       # from the Hub, completing code
+    python chat_phi_engram.py --pregunta "What is a list?"           # one answer on the standard output
+    python chat_phi_engram.py < preguntas.txt                        # one answer for each line
+"""
+
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+try:
+    import torch
+    from transformers import GenerationConfig, StoppingCriteria
+    from transformers import logging as transformers_logging
+
+    from load_phi_engram import CHAT_TEMPLATE, SpanishParser, UserError, open_model, run_script
+except ImportError as error:
+    sys.exit(
+        f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
+        "   Se arregla con: pip install -U -r requirements.txt"
+    )
+
+FOLDERS = ("phi1-engram-trained", "phi1-engram", "phi1-engram-demo")  # the first that is there
+YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
+TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
+# Where the model stops answering and begins to play the user, or opens another turn of its own.
+OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
+ADVICE = (
+    "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
+    "«código» y dale el principio de una función para que la complete."
+)
+HELP = f"""Órdenes:
+  código    completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
+  charla    volver a conversar
+  limpiar   olvidar la conversación y empezar otra
+  ayuda     ver esto
+  salir     terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
+{ADVICE}"""
+CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
+OUT_OF_MEMORY = (
+    "Se agotó la memoria y esta respuesta se ha perdido. Qué hacer:\n"
+    "  1. Escribe «limpiar»: una conversación corta ocupa menos. O pide respuestas más cortas: --max-tokens 64\n"
+    "  2. Si se repite, reinicia la sesión (en Colab: Entorno de ejecución -> Reiniciar sesión) y vuelve a abrir el "
+    "chat.\n"
+    "  3. No ejecutes otros modelos pesados en la misma sesión."
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The answer while it is being generated
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Answer(StoppingCriteria):
+    """Streams an answer word by word, and stops it where the model starts to speak for the user.
+
+    Transformers calls it after each token. A word is shown once the next one begins, so that half a character, or the
+    beginning of "\\nUser:" cut over several tokens, is never seen.
+
+    Args:
+        prompt_length: tokens before the answer.
+        code: raw completion; white space is kept and no turn is looked for.
+        write: takes each piece of text.
+    """
+
+    def __init__(self, tokenizer, prompt_length: int, code: bool, write):
+        self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt_length, code, write
+        self.tokens, self.text = [], ""  # text: what has been shown
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        self.tokens = input_ids[0, self.prompt_length :].tolist()
+        stop = self._show(final=False)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
+
+    def finish(self) -> str:
+        """Show the last word. Returns the whole answer."""
+        self._show(final=True)
+        return self.text
+
+    def _show(self, final: bool) -> bool:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        turn = None
+        if not self.code:
+            text = text.lstrip()
+            turn = OTHER_TURN.search(text)
+        if turn:
+            text = text[: turn.start()].rstrip()
+        elif not final:
+            text = text[: re.search(r"\s*\S*\Z", text).start()]
+        elif not self.code:
+            text = text.rstrip()
+        self.write(text[len(self.text) :])
+        self.text = text
+        return turn is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The conversation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """A model, the conversation so far, and how to answer.
+
+    Args:
+        code: complete raw code, each time from nothing, instead of conversing.
+        max_tokens: longest answer; half the context at most, so that the question fits too.
+        temperature: 0 takes the likeliest token always.
+        seed: the same question in the same conversation gets the same answer; None: another each time.
+    """
+
+    def __init__(self, model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.code, self.temperature, self.seed = code, temperature, seed
+        self.context = model.config.max_position_embeddings
+        self.max_tokens = min(max_tokens, self.context // 2)
+        self.turns = []  # [{"role": "user" or "assistant", "content": text}]
+        self.forgotten = 0  # turns that the last answer had no room for
+
+    def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
+        """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
+        template = self.tokenizer.chat_template or CHAT_TEMPLATE
+        while True:
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+            ids = self.tokens(text)
+            excess = ids.shape[1] + self.max_tokens - self.context
+            if excess <= 0:
+                return ids, turns
+            if len(turns) == 1:
+                raise UserError(
+                    f"Tu mensaje es demasiado largo: sobran {excess} tokens de los {self.context} que el modelo puede "
+                    f"leer, {self.max_tokens} de ellos para la respuesta. Acórtalo, o usa un --max-tokens menor."
+                )
+            turns = turns[2:]
+
+    def tokens(self, text: str) -> torch.LongTensor:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # bytes that a terminal could not decode
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+    def answer(self, text: str, write) -> str:
+        """Answer `text`, giving each piece to `write` as it comes, and keep both in the conversation.
+
+        Raises:
+            UserError: the text does not fit into the context.
+            KeyboardInterrupt: cut short; what had been said is kept.
+        """
+        if self.code:
+            ids = self.tokens(text)[:, self.max_tokens - self.context :]  # the end is what it goes on from
+        else:
+            ids, turns = self.fit([*self.turns, {"role": "user", "content": text}])
+            self.forgotten = len(self.turns) + 1 - len(turns)
+        ids, cut = ids.to(self.model.device), None
+        answer = Answer(self.tokenizer, ids.shape[1], self.code, write)
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        try:
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
+            )
+        except KeyboardInterrupt as error:
+            cut = error
+        said = answer.finish()
+        if said and not self.code:  # a question without an answer would be answered next time
+            self.turns = [*turns, {"role": "assistant", "content": said}]
+        if cut:
+            raise cut
+        return said
+
+    def plan(self) -> GenerationConfig:
+        """How to generate; nothing is left to the checkpoint but its stop tokens."""
+        ends = {self.tokenizer.eos_token_id}
+        for config in (self.model.config, self.model.generation_config):
+            eos = config.eos_token_id
+            ends.update(eos if isinstance(eos, (list, tuple)) else [eos])
+        ends = sorted(ends - {None})
+        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 0.95} if self.temperature > 0 else {}
+        return GenerationConfig(
+            max_new_tokens=self.max_tokens, do_sample=self.temperature > 0, num_beams=1, eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else self.model.config.engram_pad_id, **sampling,
+        )  # fmt: skip
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU, or torch's allocator on the CPU, had no memory left."""
+    known = ("not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the terminal
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def in_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def write(piece: str):
+    print(piece, end="", flush=True)
+
+
+def respond(chat: Chat, text: str, say) -> bool:
+    """Print one answer, or say what keeps it from coming. Returns whether it came."""
+    failure = None
+    try:
+        said = chat.answer(text, write)
+    except UserError as error:
+        failure = f"❌ {error}"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        failure = f"⚠️  {OUT_OF_MEMORY}"
+    print(flush=True)
+    if failure:  # said here, as inside `except` the traceback would still hold the tensors
+        torch.cuda.empty_cache()
+        say(failure)
+        return False
+    if chat.forgotten and not chat.code:
+        say(f"(Para que quepa, he olvidado los {chat.forgotten} mensajes más antiguos.)")
+    if not said.strip():
+        say("(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)")
+    return True
+
+
+def read(code: bool, terminal: bool) -> str:
+    """One message: a line, or in code mode the lines up to an empty one. Raises EOFError where input ends."""
+    text = input(YOU if terminal else "")
+    if not code or is_command(text) or not text.strip():
+        return text
+    lines = [text]
+    with suppress(EOFError):
+        while (line := input(MORE if terminal else "")).strip():
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def is_command(text: str) -> bool:
+    return text.strip().casefold() in ("salir", "limpiar", "ayuda", "código", "codigo", "charla")
+
+
+def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
+    """Converse until `salir` or the end of the input. In a terminal with prompts; piped, answers alone on stdout."""
+    chat = Chat(model, tokenizer, code, max_tokens, temperature, seed)
+    terminal = in_terminal()
+
+    def say(text):
+        print(text, file=sys.stdout if terminal else sys.stderr, flush=True)
+
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (arrow keys in input)
+        say(CODE_MODE if code else "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
+    while True:
+        text = None
+        try:
+            text = read(chat.code, terminal)
+            command = text.strip().casefold() if is_command(text) else ""
+            if command == "salir":
+                break
+            elif command == "limpiar":
+                chat.turns = []
+                say("Conversación olvidada.")
+            elif command == "ayuda":
+                say(HELP)
+            elif command:
+                chat.code = command != "charla"
+                say(CODE_MODE if chat.code else "Modo charla: pregunta lo que quieras.")
+            elif text.strip():
+                if terminal:
+                    write(MODEL)
+                respond(chat, text if chat.code else text.strip(), say)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            if text is None:
+                break
+            say("\n(Respuesta cortada. Sigue preguntando, o escribe «salir».)")
+    if terminal:
+        say("\n¡Hasta luego!" if text is None else "¡Hasta luego!")
+
+
+def default_model() -> Path:
+    """The model that the other scripts left in this folder, or beside this file."""
+    for place in (Path.cwd(), Path(__file__).resolve().parent):
+        for name in FOLDERS:
+            if (place / name / "config.json").is_file():
+                return place / name
+    raise UserError(
+        f"Aquí no hay ningún modelo ({', '.join(name + '/' for name in FOLDERS)}). Para tener uno:\n"
+        "   python load_phi_engram.py             trae Phi-1 del Hub y le pone la memoria -> phi1-engram/\n"
+        "   python train_phi_engram.py            entrena esa memoria -> phi1-engram-trained/\n"
+        "   python train_phi_engram.py --demo     sin el Hub: un modelo pequeño en minutos -> phi1-engram-demo/\n"
+        "   Si ya lo tienes en otro sitio: python chat_phi_engram.py --modelo CARPETA_O_NOMBRE"
+    )
+
+
+def main(argv=None) -> int:
+    parser = SpanishParser(
+        description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
+        epilog='Ejemplo: python chat_phi_engram.py --codigo --pregunta "def factorial(n):"',
+    )
+    parser.add_argument(
+        "--modelo", metavar="CARPETA_O_NOMBRE",
+        help="carpeta, o usuario/nombre en el Hub (por defecto, la primera que haya de " + ", ".join(FOLDERS) + ")",
+    )  # fmt: skip
+    parser.add_argument("--codigo", "--código", action="store_true", help="completar código en vez de conversar")
+    parser.add_argument("--pregunta", metavar="TEXTO", help="responde a esto y termina")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="tokens por respuesta (por defecto, %(default)s)"
+    )
+    parser.add_argument(
+        "--temperatura", type=float, default=TEMPERATURE, metavar="X",
+        help="0 elige siempre lo más probable; cuanto mayor, más variado (por defecto, %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--semilla", type=int, metavar="N", help="repite las mismas respuestas a las mismas preguntas")
+    options = parser.parse_args(argv)
+    if options.max_tokens < 1:
+        parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
+    if not 0 <= options.temperatura <= 100:
+        parser.error(f"--temperatura {options.temperatura}: tiene que estar entre 0 y 100.")
+    if options.pregunta is not None and not options.pregunta.strip():
+        parser.error("--pregunta está vacía.")
+    transformers_logging.set_verbosity_error()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+
+    def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone
+        print(text, file=sys.stdout if options.pregunta is None and in_terminal() else sys.stderr, flush=True)
+
+    name, gpu = str(options.modelo or default_model()), torch.cuda.is_available()
+    note(f"Abriendo {name} …")
+    # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
+    model, tokenizer = open_model(name, torch.float16 if gpu else torch.float32, "cuda" if gpu else "cpu")
+    millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}".replace(".", ",")
+    where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
+    precision = str(model.dtype).removeprefix("torch.")
+    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{ADVICE}")
+    settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla)
+    longest = model.config.max_position_embeddings // 2
+    if options.max_tokens > longest:
+        note(f"(--max-tokens se queda en {longest}, la mitad de lo que el modelo puede leer.)")
+    try:
+        if options.pregunta is None:
+            run_chat(model, tokenizer, *settings)
+        elif not respond(Chat(model, tokenizer, *settings), options.pregunta, note):
+            return 1
+    except BrokenPipeError:  # whoever read the answers, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

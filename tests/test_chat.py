@@ -1,0 +1,433 @@
+"""chat_phi_engram.py: prompts, streaming, stopping, context, commands, code mode, and a real terminal."""
+
+import functools
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat_phi_engram as chat_script
+from chat_phi_engram import CHAT_TEMPLATE, Chat, run_chat
+from load_phi_engram import run_script
+from verify_phi_engram import tokenizer_on_the_spot
+
+SCRIPT = Path(chat_script.__file__)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Small, and without a chat template, as Phi-1's."""
+    return tokenizer_on_the_spot()
+
+
+@pytest.fixture(scope="module")
+def model(make_model, tokenizer):
+    # The stop token out of the way: random weights would end some answers at once.
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer.eos_token_id] = -100
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())  # room for an answer long enough to be cut
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def says(monkeypatch, model, tokenizer):
+    """says(text, ...): the model's next answers, token by token, whatever it is asked. Returns the steps taken."""
+
+    def says(*texts, end=True):
+        scripts = [tokenizer(text).input_ids + [tokenizer.eos_token_id] * end for text in texts]
+        forward, steps = model.forward, []
+
+        @functools.wraps(forward)
+        def forced(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            cache = kwargs.get("past_key_values")
+            if cache.get_seq_length() == kwargs["input_ids"].shape[1]:  # the prompt
+                steps.append(0)
+            output.logits.fill_(-100)
+            output.logits[:, -1, scripts[len(steps) - 1][steps[-1]]] = 100
+            steps[-1] += 1
+            return output
+
+        monkeypatch.setattr(model, "forward", forced)
+        return steps
+
+    return says
+
+
+@pytest.fixture
+def piped(monkeypatch, capsys, model, tokenizer):
+    """piped(lines, **settings): run_chat with these lines on a standard input that is no terminal -> stdout, stderr."""
+
+    def piped(lines, **settings):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, **settings})
+        output = capsys.readouterr()
+        return output.out, output.err
+
+    return piped
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt, n):
+    """What the model says after `prompt`, recomputed whole for each token, without cache, `generate` or chat."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(n):
+        best = model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], dim=1)
+        if best.item() == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompt and context
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_is_the_chat_template(model, tokenizer):
+    turns = [user("¿Qué es una lista?"), assistant("Una colección."), user("¿Y un dict?")]
+    ids, kept = Chat(model, tokenizer, max_tokens=20).fit(turns)
+    prompt = "User: ¿Qué es una lista?\nAssistant: Una colección.\nUser: ¿Y un dict?\nAssistant:"
+    assert tokenizer.decode(ids[0]) == prompt
+    theirs = tokenizer.apply_chat_template(
+        turns, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert torch.equal(ids, theirs["input_ids"]) and kept == turns
+
+
+def test_a_tokenizer_with_a_template_keeps_it(monkeypatch, model, tokenizer):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[-1]['content'] }}?")
+    ids, _ = Chat(model, tokenizer).fit([user("abc")])
+    assert tokenizer.decode(ids[0]) == "abc?"
+
+
+def test_the_oldest_turns_make_room(model, tokenizer):
+    chat = Chat(model, tokenizer, max_tokens=40, temperature=0)
+    for i in range(6):
+        chat.turns += [user(f"question number {i}"), assistant(f"answer number {i}")]
+    asked = chat.turns + [user("the last question")]
+    ids, kept = chat.fit(asked)
+    assert ids.shape[1] + 40 <= 128
+    assert 1 < len(kept) < len(asked) and kept == asked[-len(kept) :] and kept[0]["role"] == "user"
+    more, _ = Chat(model, tokenizer, max_tokens=1).fit(asked[-len(kept) - 2 :])
+    assert more.shape[1] + 40 > 128  # one turn more would not have fitted
+    chat.answer("the last question", lambda piece: None)
+    assert chat.turns[:-1] == kept and chat.forgotten == len(asked) - len(kept)
+
+
+def test_a_question_longer_than_the_context(piped):
+    out, err = piped("hola\n" + "palabra " * 200 + "\n")
+    assert out.count("\n") >= 2 and "❌ Tu mensaje es demasiado largo" in err and "--max-tokens" in err
+
+
+def test_answers_never_outgrow_half_the_context(model, tokenizer):
+    assert Chat(model, tokenizer, max_tokens=5000).max_tokens == 64
+
+
+def test_conversation_equals_recomputation(model, tokenizer):
+    chat = Chat(model, tokenizer, max_tokens=10, temperature=0)
+    first = chat.answer("hola", lambda piece: None)
+    assert first == greedy(model, tokenizer, "User: hola\nAssistant:", 10).strip()
+    second = chat.answer("otra", lambda piece: None)
+    prompt = f"User: hola\nAssistant: {first}\nUser: otra\nAssistant:"
+    assert second == greedy(model, tokenizer, prompt, 10).strip()
+
+
+def test_seed(model, tokenizer):
+    def say(seed):
+        chat = Chat(model, tokenizer, max_tokens=10, temperature=5.0, seed=seed)
+        return chat.answer("hola", lambda piece: None)
+
+    assert say(1) == say(1) != say(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streaming and stopping
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "generated, shown",
+    [
+        (" A list holds things.\nUser: and a dict?\nAssistant: yes", "A list holds things."),
+        (" one\n\nUser:", "one"),
+        (" one\nAssistant: two", "one"),
+        (" User: me again", ""),
+        ("\nUser: me again", ""),
+        (" the User: field\nUsers: many\nUser", "the User: field\nUsers: many\nUser"),
+        (" ñandú 你好 👍 done", "ñandú 你好 👍 done"),
+        ("  spaces  and\n\n  lines \n", "spaces  and\n\n  lines"),
+    ],
+)
+def test_streams_words_and_stops_where_the_user_begins(model, tokenizer, says, generated, shown):
+    assert len(tokenizer("\nUser:").input_ids) > 2  # so the stop comes in pieces
+    steps, pieces = says(generated), []
+    chat = Chat(model, tokenizer, max_tokens=60)
+    assert chat.answer("hola", pieces.append) == "".join(pieces) == shown
+    assert "\ufffd" not in "".join(pieces)
+    assert chat.turns == ([user("hola"), assistant(shown)] if shown else [])
+    if "\nUser:" in generated:  # nothing is computed once the answer is over
+        assert steps == [len(tokenizer(generated[: generated.index("User:") + 5]).input_ids)]
+    seen = ""
+    for piece in filter(None, pieces):
+        seen += piece
+        assert shown == seen or shown[len(seen)].isspace()  # whole words only
+    assert len([piece for piece in pieces if piece]) >= len(shown.split()) - 1
+
+
+def test_stops_at_every_stop_token(monkeypatch, model, tokenizer, says):
+    until = tokenizer(" yes stop").input_ids
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [until[-1]])
+    steps = says(" yes stop more", " no")  # the second ends with the tokenizer's own
+    chat = Chat(model, tokenizer)
+    for _ in range(2):
+        chat.answer("a", lambda piece: None)
+    assert steps == [len(until), len(tokenizer(" no").input_ids) + 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands, modes, piped input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_piped_conversation(piped, says):
+    says(" uno", " dos", " tres\nUser:")
+    out, err = piped("hola\n\nayuda\nLIMPIAR\n¿sí?\nadiós\nsalir\nnunca\n")
+    assert out == "uno\ndos\ntres\n"
+    assert "limpiar   olvidar" in err and "Conversación olvidada" in err
+
+
+def test_commands(monkeypatch, piped):
+    asked = []
+
+    def answer(chat, text, write):
+        asked.append((chat.code, text, len(chat.turns)))
+        chat.turns += [user(text), assistant("x")]
+        return "x"
+
+    monkeypatch.setattr(Chat, "answer", answer)
+    _, err = piped("a\n b \nCódigo\ndef f():\n    x = 1\n\nlimpiar\n  y\ncharla\n\n charla\nc")
+    code = [(True, "def f():\n    x = 1", 4), (True, "  y\ncharla", 0)]
+    assert asked == [(False, "a", 0), (False, "b", 2), *code, (False, "c", 2)]
+    assert "Modo código" in err and "Modo charla" in err
+
+
+def test_code_is_completed_raw(model, tokenizer, piped, says):
+    prompt = "def f(x):\n    return"
+    expected = greedy(model, tokenizer, prompt, 12)
+    assert piped("hola\ncodigo\n" + prompt + "\n\n")[0].endswith(expected + "\n")
+    assert piped(prompt, code=True)[0] == expected + "\n"
+    says("\n    x\n\nUser: 3  ")
+    assert piped("def g():", code=True)[0] == "\n    x\n\nUser: 3  \n"
+
+
+def test_long_code_keeps_its_end(monkeypatch, model, tokenizer):
+    text = "\n".join(f"x{i} = {i}" for i in range(100))
+    prompts = []
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: prompts.append(ids))
+    Chat(model, tokenizer, code=True, max_tokens=28).answer(text, lambda piece: None)
+    assert prompts[0].tolist() == [tokenizer(text).input_ids[-100:]]
+
+
+def test_undecodable_bytes(piped):
+    out, _ = piped("hola \udcff\n")
+    assert out.strip()
+
+
+def test_ids_that_mean_nothing(make_model, tokenizer):
+    model = make_model(vocab_size=len(tokenizer) + 50)
+    with torch.no_grad():
+        model.lm_head.bias[len(tokenizer) + 7] = 1000
+    assert Chat(model, tokenizer, max_tokens=5).answer("hola", lambda piece: None) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When it goes wrong
+# ----------------------------------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu", "python"])
+def test_out_of_memory_and_the_chat_lives_on(monkeypatch, model, piped, error):
+    expected, _ = piped("dos\n")
+    generate, failures = model.generate, [error]
+
+    def fails_once(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", fails_once)
+    out, err = piped("uno\ndos\n")
+    assert out == "\n" + expected  # the lost question is not in the conversation
+    for advice in ("Se agotó la memoria", "limpiar", "--max-tokens", "reinicia la sesión", "otros modelos"):
+        assert advice in err
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch, model, piped):
+    def fails(*args, **kwargs):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(model, "generate", fails)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        piped("uno\n")
+
+
+def test_finds_the_model_that_the_scripts_left(monkeypatch, tmp_path, capsys):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for place in (here, beside):
+        place.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(chat_script, "__file__", str(beside / "chat_phi_engram.py"))
+    (here / "phi1-engram").mkdir()  # without config.json: not a model
+    with pytest.raises(SystemExit) as exit:
+        run_script(chat_script.main, [])
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and err.startswith("❌ Aquí no hay ningún modelo")
+    for command in ("load_phi_engram.py", "train_phi_engram.py\n", "train_phi_engram.py --demo", "--modelo"):
+        assert command in " ".join(err.split(" ")).replace("  ", "\n")
+    for place in (beside / "phi1-engram-demo", here / "phi1-engram-demo", here / "phi1-engram"):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text("{}")
+        assert chat_script.default_model() == place
+    (here / "phi1-engram-trained").mkdir()
+    (here / "phi1-engram-trained" / "config.json").write_text("{}")
+    assert chat_script.default_model() == here / "phi1-engram-trained"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--modelo", "no-existe"], "No existe la carpeta «no-existe»"),
+        (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--temperatura", "-1"], "--temperatura -1.0"),
+        (["--temperatura", "nan"], "--temperatura nan"),
+        (["--pregunta", " "], "--pregunta está vacía"),
+        (["--codgo"], "¿Querías decir --codigo?"),
+    ],
+)
+def test_mistakes_are_spanish_sentences(capsys, arguments, words):
+    with pytest.raises(SystemExit) as exit:
+        run_script(chat_script.main, arguments)
+    err = capsys.readouterr().err
+    assert exit.value.code in (1, 2) and words in err and "Traceback" not in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a user runs it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, **kwargs):
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, "--temperatura", "0", "--max-tokens", "10", *arguments],
+        env=environment, capture_output=True, encoding="utf-8", timeout=200, **kwargs,
+    )  # fmt: skip
+
+
+def test_one_question(model, tokenizer, folder, tmp_path):
+    (tmp_path / "phi1-engram").symlink_to(folder)
+    done = command("--codigo", "--pregunta", "def f(x):", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, greedy(model, tokenizer, "def f(x):", 10) + "\n"), done.stderr
+    assert "phi1-engram: 0,2 millones de parámetros, en la CPU, float32" in done.stderr
+    assert "modelo base que completa código" in done.stderr and "Warning" not in done.stderr
+
+
+def test_questions_from_a_pipe(model, tokenizer, folder):
+    done = command("--modelo", str(folder), input="hola\nlimpiar\nhola\n")
+    answer = greedy(model, tokenizer, "User: hola\nAssistant:", 10).strip()
+    assert (done.returncode, done.stdout) == (0, f"{answer}\n{answer}\n"), done.stderr
+
+
+class Terminal:
+    """The script in a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+            os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], environment)
+
+    def write(self, text):
+        os.write(self.file, text.encode())
+
+    def read_to(self, text, seconds=120):
+        """Everything printed up to `text`."""
+        seen, end = b"", time.time() + seconds
+        while text.encode() not in seen:
+            ready, _, _ = select.select([self.file], [], [], max(0, end - time.time()))
+            assert ready, f"waited for {text!r}, got {seen.decode(errors='replace')!r}"
+            seen += os.read(self.file, 4096)
+        return seen.decode(errors="replace")
+
+    def close(self):
+        os.close(self.file)
+
+
+def test_in_a_terminal(folder):
+    terminal = Terminal("--modelo", str(folder), "--max-tokens", "300", "--semilla", "0")
+    you, phi = "👤 Tú: ", "🤖 Phi-Engram: "
+    start = terminal.read_to(you)
+    assert "millones de parámetros, en la CPU, float32" in start and "Escribe «ayuda»" in start
+    terminal.write("hola\n")
+    assert len(terminal.read_to(you).split(phi)[1].split()) > 3
+
+    terminal.write("hola\n")
+    terminal.read_to(phi)
+    terminal.write("\x03")  # Ctrl-C while it answers
+    assert "Respuesta cortada" in terminal.read_to(you)
+
+    terminal.write("código\n")
+    assert "línea vacía" in terminal.read_to(you)
+    terminal.write("def f(x):\n")
+    terminal.read_to("... ")
+    terminal.write("\n")
+    terminal.read_to(phi)
+    terminal.read_to(you)
+    time.sleep(0.5)  # a signal in the instant between readline's prompt and its wait is noticed at the next key only
+    terminal.write("\x03")  # Ctrl-C at the prompt
+    rest = terminal.read_to("¡Hasta luego!")
+    assert "Traceback" not in rest
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    terminal.close()
