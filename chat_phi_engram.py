@@ -17,7 +17,7 @@ try:
     from transformers import GenerationConfig, StoppingCriteria
     from transformers import logging as transformers_logging
 
-    from load_phi_engram import CHAT_TEMPLATE, SpanishParser, UserError, open_model, run_script
+    from load_phi_engram import CHAT_TEMPLATE, SpanishParser, UserError, open_model, run_script, spanish
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -33,6 +33,7 @@ ADVICE = (
     "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
     "«código» y dale el principio de una función para que la complete."
 )
+COMMANDS = ("salir", "limpiar", "ayuda", "código", "codigo", "charla")
 HELP = f"""Órdenes:
   código    completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
   charla    volver a conversar
@@ -158,7 +159,7 @@ class Chat:
         ids, cut = ids.to(self.model.device), None
         answer = Answer(self.tokenizer, ids.shape[1], self.code, write)
         if self.seed is not None:
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed % 2**63)
         try:
             self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
@@ -179,9 +180,10 @@ class Chat:
             eos = config.eos_token_id
             ends.update(eos if isinstance(eos, (list, tuple)) else [eos])
         ends = sorted(ends - {None})
-        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 0.95} if self.temperature > 0 else {}
+        samples = self.temperature >= 0.01  # below, dividing by it overflows, and the choice is the likeliest anyway
+        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 0.95} if samples else {}
         return GenerationConfig(
-            max_new_tokens=self.max_tokens, do_sample=self.temperature > 0, num_beams=1, eos_token_id=ends or None,
+            max_new_tokens=self.max_tokens, do_sample=samples, num_beams=1, eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else self.model.config.engram_pad_id, **sampling,
         )  # fmt: skip
 
@@ -233,17 +235,13 @@ def respond(chat: Chat, text: str, say) -> bool:
 def read(code: bool, terminal: bool) -> str:
     """One message: a line, or in code mode the lines up to an empty one. Raises EOFError where input ends."""
     text = input(YOU if terminal else "")
-    if not code or is_command(text) or not text.strip():
+    if not code or text.strip().casefold() in COMMANDS or not text.strip():
         return text
     lines = [text]
     with suppress(EOFError):
         while (line := input(MORE if terminal else "")).strip():
             lines.append(line)
     return "\n".join(lines)
-
-
-def is_command(text: str) -> bool:
-    return text.strip().casefold() in ("salir", "limpiar", "ayuda", "código", "codigo", "charla")
 
 
 def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
@@ -262,7 +260,7 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
         text = None
         try:
             text = read(chat.code, terminal)
-            command = text.strip().casefold() if is_command(text) else ""
+            command = text.strip().casefold()
             if command == "salir":
                 break
             elif command == "limpiar":
@@ -270,10 +268,10 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
                 say("Conversación olvidada.")
             elif command == "ayuda":
                 say(HELP)
-            elif command:
+            elif command in COMMANDS:
                 chat.code = command != "charla"
                 say(CODE_MODE if chat.code else "Modo charla: pregunta lo que quieras.")
-            elif text.strip():
+            elif command:
                 if terminal:
                     write(MODEL)
                 respond(chat, text if chat.code else text.strip(), say)
@@ -341,7 +339,7 @@ def main(argv=None) -> int:
     note(f"Abriendo {name} …")
     # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
     model, tokenizer = open_model(name, torch.float16 if gpu else torch.float32, "cuda" if gpu else "cpu")
-    millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}".replace(".", ",")
+    millions = spanish(sum(p.numel() for p in model.parameters()) / 1e6, 1)
     where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
     precision = str(model.dtype).removeprefix("torch.")
     note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{ADVICE}")

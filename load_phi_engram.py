@@ -38,18 +38,14 @@ except ImportError as error:
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
         "   Se arregla con: pip install -U -r requirements.txt"
     )
+except KeyboardInterrupt:  # importing takes seconds
+    sys.exit(130)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ ('Assistant: ' if message['role'] == 'assistant' else 'User: ') "
     "+ message['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-CODE_SAMPLE = '''def fibonacci(n):
-    """Return the first n numbers of the Fibonacci sequence."""
-    numbers = [0, 1]
-    while len(numbers) < n:
-        numbers.append(numbers[-1] + numbers[-2])
-    return numbers[:n]
-'''
+CODE_SAMPLE = "def suma(a, b):\n    return a + b\n"  # short: float16 is slow on a CPU
 MADE_BY = {
     "phi1-engram": "python load_phi_engram.py",
     "phi1-engram-trained": "python train_phi_engram.py",
@@ -518,8 +514,9 @@ def main(argv=None):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     seconds, peak = time.perf_counter() - started, peak_memory()
-    memory = f" Memoria máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo)." if peak else ""
-    print(f"✅ Guardado en {args.salida}/ en {spanish(seconds, 1)} s.{memory}")
+    print(f"✅ Guardado en {args.salida}/ en {spanish(seconds, 1)} s.")
+    if peak:
+        print(f"   Memoria máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo), con archivos mapeados.")
     option = "" if args.salida == "phi1-engram" else f" --modelo {shlex.quote(args.salida)}"
     print(f"Ahora: python train_phi_engram.py{option}    (entrena la memoria)")
     print(f"   o:  python chat_phi_engram.py{option}     (habla con el modelo)")

@@ -102,7 +102,7 @@ def check_graft(model, ids):
     for attention in ("eager", "sdpa"):
         grafted = PhiEngramForCausalLM.from_pretrained(
             None, config=config, state_dict=dict(backbone), attn_implementation=attention, dtype=model.dtype,
-            device_map={"": model.device},
+            device_map={"": str(model.device)},
         )  # fmt: skip
         worst = max(worst, graft_difference(grafted.eval(), ids))
     return worst, 0.0
@@ -139,13 +139,11 @@ def check_projection(tokenizer):
 
 
 def check_steps(model, ids):
-    """All at once against one token at a time, in chunks, and a beginning followed by single tokens."""
-    whole = model(ids, use_cache=False).logits
-    n = ids.shape[1]
-    worst = 0.0
-    for sizes in ([1] * n, [7] * (n // 7) + [n % 7] * (n % 7 > 0), [n // 2] + [1] * (n - n // 2)):
+    """All at once against one token at a time, and in chunks."""
+    whole, worst = model(ids, use_cache=False).logits, 0.0
+    for size in (1, 7):
         past, pieces = None, []
-        for chunk in ids.split(sizes, dim=1):
+        for chunk in ids.split(size, dim=1):
             output = model(chunk, past_key_values=past, use_cache=True)
             past = output.past_key_values
             pieces.append(output.logits)
@@ -154,17 +152,18 @@ def check_steps(model, ids):
 
 
 def check_beams(model, ids):
-    """Scores (sums of log-probabilities) of 4 beams with the cache against those without. A tie may swap tokens."""
-    prompt, scores = ids[:1, :8], []
-    for use_cache in (True, False):
-        plan = GenerationConfig(
-            num_beams=4, num_return_sequences=4, max_new_tokens=12, min_new_tokens=12, do_sample=False,
-            length_penalty=0.0, use_cache=use_cache, return_dict_in_generate=True, output_scores=True,
-            eos_token_id=model.config.eos_token_id, pad_token_id=model.config.engram_pad_id,
-        )  # fmt: skip
-        beams = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plan)
-        scores.append(beams.sequences_scores.float())
-    return difference(*scores), rounding(model(prompt, use_cache=False).logits)
+    """4 beams with the cache: each one's score (sum of log-probabilities) against one pass over it without cache."""
+    prompt = ids[:1, :8]
+    plan = GenerationConfig(
+        num_beams=4, num_return_sequences=4, max_new_tokens=12, min_new_tokens=12, do_sample=False, length_penalty=0.0,
+        use_cache=True, return_dict_in_generate=True, output_scores=True, eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.engram_pad_id,
+    )  # fmt: skip
+    beams = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plan)
+    logits = model(beams.sequences, use_cache=False).logits
+    said = beams.sequences[:, prompt.shape[1] :, None]
+    chances = logits[:, prompt.shape[1] - 1 : -1].float().log_softmax(-1).gather(-1, said)  # [4, 12, 1]
+    return difference(beams.sequences_scores.float(), chances.sum((1, 2))), rounding(logits)
 
 
 def check_padding(model, ids):
@@ -261,7 +260,7 @@ CHECKS = [
     ("Injerto: con la memoria recién puesta, los mismos logits que el Phi de transformers", check_graft),
     ("Memoria: cada capa Engram añade algo, y números finitos", check_memory_acts),
     ("Caché: de una vez = token a token = por trozos", check_steps),
-    ("Haces: 4 haces con caché = sin caché", check_beams),
+    ("Haces: 4 haces con caché = cada uno recalculado sin caché", check_beams),
     ("Relleno: cada fila de un lote desigual = la fila sola", check_padding),
     ("Guardar y cargar: tensores y logits iguales, también con AutoModelForCausalLM en otro proceso", check_saved),
     ("Gradiente: un paso de entrenamiento llega a toda la memoria", check_gradient),
@@ -443,7 +442,7 @@ def small_model(tokenizer, vocab_size: int) -> PhiEngramForCausalLM:
         max_position_embeddings=512, engram_layer_ids=[1, 2], engram_vocab_size=[5000, 5000], n_embed_per_ngram=128,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return PhiEngramForCausalLM(config, tokenizer=tokenizer)
 

@@ -121,8 +121,8 @@ def test_projection_folds_variants_and_covers_all_ids(tokenizer):
         assert len(ids) == 1, f"{text!r} is not one token"
         return projection[ids[0]].item()
 
-    assert canonical("self") == canonical(" self") == canonical(" Self")
-    assert canonical("self") != canonical(" return")
+    assert canonical("self") == canonical(" self") != canonical(" return")
+    assert canonical("A") == canonical("a") == canonical(" a")
     assert canonical(" " * 4) == canonical(" " * 8) == canonical("\t\t") == canonical(" ") == canonical("\n")
     assert canonical("<|endoftext|>") != canonical(" ")
 

@@ -192,7 +192,8 @@ def test_spread_over_devices(make_model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     parts = dict.fromkeys(["model.embed_tokens", "model.engram_hash", "model.engram_tables.1"], other)
     parts |= dict.fromkeys(["model.rotary_emb", "model.final_layernorm", "lm_head", "model.layers.0"], other)
-    parts |= {"model.layers.1": other, "model.layers.2": "disk", "model.layers.3": "disk", "model.engram_tables.3": "disk"}
+    parts["model.layers.1"] = other
+    parts |= dict.fromkeys(["model.layers.2", "model.layers.3", "model.engram_tables.3"], "disk")
     spread = PhiEngramForCausalLM.from_pretrained(
         tmp_path / "model", device_map=parts, offload_folder=tmp_path / "offloaded"
     )

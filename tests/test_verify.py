@@ -92,10 +92,10 @@ def test_command_as_a_user_types_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_read_and_not_written(capsys, folder):
+def test_a_checkpoint_is_read_and_not_written(capsys, folder, without_stranger):
     before = digests(folder)
     code, marks, out, _ = run_main(capsys, "--modelo", str(folder))
-    assert code == 0 and all(marks.values()) and len(marks) == 9, out
+    assert code == 0 and all(marks.values()) and len(marks) == 8, out
     assert digests(folder) == before
 
 
