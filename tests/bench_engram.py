@@ -90,7 +90,7 @@ def main(argv=None):
     repetitions = 7 if options.rapido else 21
     plain, ours = pair()
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos, float32, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos, float32\n"
         f"512 × 8 capas, memoria en 1 y 4, {MEMORY['engram_vocab_size'][0]:,} filas por cabeza, {repetitions} parejas\n"
     )
     results = {}

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
+
+import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("README.md", "DOCUMENTACION_TECNICA.md")
@@ -19,7 +20,7 @@ def blocks(guide, language):
 
 @pytest.fixture(scope="module")
 def published(tokenizer):
-    """What a user would have on the Hub as tu-usuario/phi1-engram: a small model with real tokens, in the Hub's cache."""
+    """What a user would have on the Hub as tu-usuario/phi1-engram: a small model, in the Hub's cache."""
     model = helpers.make_model(vocab_size=51200, tokenizer=tokenizer)
     store = Path(os.environ["HF_HUB_CACHE"]) / "models--tu-usuario--phi1-engram"
     (store / "refs").mkdir(parents=True)

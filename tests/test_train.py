@@ -10,12 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import helpers
 import train_phi_engram as train
 from load_phi_engram import UserError, load_phi_1_with_engram
 
