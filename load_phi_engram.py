@@ -243,7 +243,7 @@ def _explanation(error, name):
             f"No queda espacio en el disco para descargar «{name}» en {hub.HF_HUB_CACHE}. Libera espacio o elige "
             "otro sitio: export HF_HOME=/otra/carpeta"
         )
-    if found(MemoryError, torch.OutOfMemoryError):
+    if found(MemoryError, torch.OutOfMemoryError) or any("can't allocate memory" in str(link) for link in chain):
         return f"No hay memoria suficiente para abrir «{name}». Cierra otros programas o usa float16."
     if found(hub_errors.GatedRepoError):
         return f"«{name}» es de acceso restringido. Pídelo en https://huggingface.co/{name} y pon tu llave: {token}"

@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import sysconfig
 import tempfile
 import time
@@ -26,24 +27,31 @@ from itertools import islice
 from pathlib import Path
 from threading import current_thread, main_thread
 
-import numpy as np
-import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from tqdm import tqdm
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+try:
+    import matplotlib
+    import numpy as np
+    import torch
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from tqdm import tqdm
+    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from load_phi_engram import (
-    CHAT_TEMPLATE,
-    SpanishParser,
-    UserError,
-    load_phi_1_with_engram,
-    open_model,
-    run_script,
-    whole_folder,
-)
-from phi1_engram import PHI_1
+    from load_phi_engram import (
+        CHAT_TEMPLATE,
+        SpanishParser,
+        UserError,
+        load_phi_1_with_engram,
+        open_model,
+        run_script,
+        whole_folder,
+    )
+    from phi1_engram import PHI_1
+except ImportError as error:  # also found out before hours of training: matplotlib is only used after them
+    sys.exit(
+        f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
+        "   Se arregla con: pip install -U -r requirements.txt"
+    )
 
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
 HELD_OUT_SHARE = 20  # one document in twenty is never trained on
@@ -502,7 +510,9 @@ def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, res
 
             def on_step(step, loss, spent, phase=phase, steps=steps, seconds=seconds):
                 history.append(dict(phase=phase, step=step, loss=round(loss, 5)))
-                if stop or (step % save_every == 0 and step < steps):
+                # At the very end too: what comes next, saving the result, may find the disk full.
+                last = step == steps and (phase == 2 or not recipe.steps[1])
+                if stop or last or (step % save_every == 0 and step < steps):
                     save(phase=phase, step=step, seconds=seconds + spent)
                 if stop:
                     raise KeyboardInterrupt
@@ -545,8 +555,6 @@ def result_table(results: list[dict]) -> str:
 
 def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int], path) -> None:
     """Training loss by step, smoothed, with the held-out loss before, between and after."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

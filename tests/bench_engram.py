@@ -90,8 +90,8 @@ def main(argv=None):
     repetitions = 7 if options.rapido else 21
     plain, ours = pair()
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos, float32\n"
-        f"512 × 8 capas, memoria en 1 y 4, {MEMORY['engram_vocab_size'][0]:,} filas por cabeza, {repetitions} parejas\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos. Float32,"
+        f" 512 × 8 capas, memoria en 1 y 4, {MEMORY['engram_vocab_size'][0]:,} filas por cabeza; {repetitions} pares\n"
     )
     results = {}
     print("| medida | Phi | con Engram | razón | razones, del 1.º al 3.er cuartil |\n| --- | --- | --- | --- | --- |")

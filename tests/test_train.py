@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import helpers
 import train_phi_engram as train
+from hub import Hub
 from load_phi_engram import UserError, load_phi_1_with_engram
 
 ROOT = Path(train.__file__).parent
@@ -265,6 +266,11 @@ def test_resuming_refuses_another_training_and_names_the_difference(grafted, cod
     train.train_model(model, tokenizer, corpus, RECIPE, output)  # leaves its last checkpoint; main() deletes it
     with pytest.raises(UserError, match="--reanudar"):
         train.train_model(model, tokenizer, corpus, RECIPE, output)
+    # Had saving the result failed, as on a full disk, resuming would only measure again.
+    resumed, _ = open_grafted(grafted)
+    outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
+    assert len(outcome["history"]) == 8 and len(outcome["results"]) == 3
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match=r"backbone_rate: 0.001 → 0.5"):
         train.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
     with pytest.raises(UserError, match="corpus"):
@@ -347,6 +353,37 @@ def test_subir_without_a_key_is_found_out_before_training(grafted, code, tmp_pat
     done = run("--modelo", grafted, "--datos", code, *SMALL, "--subir", "ana/phi1-engram", cwd=tmp_path)
     assert done.returncode == 1 and "HF_TOKEN" in done.stderr and "Traceback" not in done.stderr
     assert "Fase 1" not in done.stdout
+
+
+def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafted, code, tmp_path):
+    with Hub() as hub:
+        environment = hub.environment(tmp_path / "home", token="hf_prueba")
+        done = run(
+            "--modelo", grafted, "--datos", code, *SMALL, "--subir", "usuario/phi1-engram", cwd=tmp_path,
+            env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Subido a" in done.stdout
+        assert hub.private["usuario/phi1-engram"]
+        uploaded = hub.repos["usuario/phi1-engram"]
+        local = {path.name: path.read_bytes() for path in (tmp_path / "phi1-engram-trained").iterdir()}
+        assert local.items() <= uploaded.items()
+        assert b'from_pretrained("usuario/phi1-engram"' in uploaded["README.md"]
+        check = (
+            "from transformers import AutoModelForCausalLM\n"
+            "m = AutoModelForCausalLM.from_pretrained('usuario/phi1-engram', trust_remote_code=True)\n"
+            "print(type(m).__name__, m.config.engram_layer_ids)"
+        )
+        opened = subprocess.run(
+            [sys.executable, "-I", "-c", check], cwd=tmp_path, capture_output=True, text=True,
+            env={**environment, "HF_HOME": str(tmp_path / "otra")},
+        )  # fmt: skip
+        assert "PhiEngramForCausalLM [1]" in opened.stdout, opened.stderr
+        refused = run(
+            "--modelo", grafted, "--datos", code, *SMALL, "--salida", "otra", "--subir", "usuario/x", cwd=tmp_path,
+            env=hub.environment(tmp_path / "home", token="hf_falsa"),
+        )  # fmt: skip
+    assert refused.returncode == 1 and "no aceptó 'usuario/x'" in refused.stderr and "Fase 1" not in refused.stdout
 
 
 def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypatch):
