@@ -777,12 +777,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden, all_weights = [], []
         for i, layer in enumerate(self.layers):
-            all_hidden.append(hidden)
+            if output_hidden_states:
+                all_hidden.append(hidden)
             hidden, weights = layer(
                 hidden, rows.get(i), real, attention_mask=causal_mask, position_embeddings=position_embeddings,
                 past_key_values=past_key_values, position_ids=position_ids, **kwargs,
             )  # fmt: skip
-            all_weights.append(weights)
+            if output_attentions:
+                all_weights.append(weights)
         hidden = self.final_layernorm(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,

@@ -86,7 +86,7 @@ PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5),
 DEMO_RECIPE = Recipe(
     1e-3, memory_rates=(2.5e-3, 2.5e-3), table_rates=(2e-2, 2e-2), batch=16, length=256, steps=(40, 80)
 )
-DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 480, 2e-3, (5e-4, 1e-3, 2e-3)
+DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 480, 2e-3, (1e-3, 2e-3, 4e-3)
 DEMO_SHAPE = dict(
     vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
     max_position_embeddings=1024,

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -384,6 +385,34 @@ def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafte
             env=hub.environment(tmp_path / "home", token="hf_falsa"),
         )  # fmt: skip
     assert refused.returncode == 1 and "no aceptó 'usuario/x'" in refused.stderr and "Fase 1" not in refused.stdout
+
+
+def test_key_is_found_in_kaggles_secrets(monkeypatch):
+    class Secrets:
+        def get_secret(self, name):
+            return f"valor de {name}"
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", SimpleNamespace(UserSecretsClient=Secrets))
+    assert train.hub_token() == "valor de HF_TOKEN"
+
+
+def test_dataset_rows_become_documents(tokenizer, monkeypatch):
+    """Through a stand-in for `datasets`, an optional package: what is asked of it, and what is taken from its rows."""
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        rows = [{"code": f"x = {i}\n" * 40, "licence": "MIT"} for i in range(80)]
+        return rows if name == "ana/codigo" else [{"a": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    corpus = train.prepare_corpus(tokenizer, dataset="ana/codigo", length=16)
+    assert corpus.documents == 80 and asked == [("ana/codigo", "train", True)]
+    fewer = train.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=1)
+    assert fewer.documents == 64  # read in groups; no further group is asked for
+    with pytest.raises(UserError, match="columna de texto"):
+        train.prepare_corpus(tokenizer, dataset="ana/otro")
 
 
 def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypatch):
