@@ -563,15 +563,16 @@ def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int]
     for phase, what in ((1, "solo la memoria"), (2, "todo el modelo")):
         losses = [row["loss"] for row in history if row["phase"] == phase]
         if losses:
-            window, start = max(1, len(losses) // 40), places[-1]
+            window, start = max(1, len(losses) // 8), places[-1]
             smooth = np.convolve(losses, np.ones(window) / window, "valid")
             axes.plot(np.arange(len(smooth)) + start + window, smooth, label=f"entrenamiento, fase {phase} ({what})")
             places.append(start + steps[phase - 1])
     held_out = [row["loss"] for row in results]
     axes.plot(places, held_out, "o--", color="black", label="texto apartado")
     for place, loss in zip(places, held_out):
-        axes.annotate(f"{loss:.3f}", (place, loss), textcoords="offset points", xytext=(4, 6))
+        axes.annotate(f"{loss:.3f}", (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
+    axes.margins(x=0.06, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
