@@ -381,7 +381,7 @@ def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafte
         )  # fmt: skip
         assert "PhiEngramForCausalLM [1]" in opened.stdout, opened.stderr
         refused = run(
-            "--modelo", grafted, "--datos", code, *SMALL, "--salida", "otra", "--subir", "usuario/x", cwd=tmp_path,
+            "--modelo", grafted, "--datos", code, *SMALL, "--salida", "rechazado", "--subir", "usuario/x", cwd=tmp_path,
             env=hub.environment(tmp_path / "home", token="hf_falsa"),
         )  # fmt: skip
     assert refused.returncode == 1 and "no aceptó 'usuario/x'" in refused.stderr and "Fase 1" not in refused.stdout
