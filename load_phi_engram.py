@@ -466,8 +466,9 @@ def report(model) -> str:
     return "\n".join([*lines, f"   Capas con memoria: {layers}. Precisión: {str(model.dtype).removeprefix('torch.')}"])
 
 
-def spanish(number, digits):
-    return f"{number:.{digits}f}".replace(".", ",")
+def spanish(number, digits=0):
+    """1234.5 -> «1.234,5»: a Spanish reader takes the comma for the decimal sign."""
+    return f"{number:,.{digits}f}".translate(str.maketrans(",.", ".,"))
 
 
 def gigabytes(size):

@@ -44,6 +44,7 @@ try:
         load_phi_1_with_engram,
         open_model,
         run_script,
+        spanish,
         whole_folder,
     )
     from phi1_engram import PHI_1
@@ -110,8 +111,8 @@ class Corpus:
 
     def describe(self) -> str:
         return (
-            f"{self.name}: {self.documents:,} documentos, {len(self.train):,} tokens para entrenar y "
-            f"{len(self.held_out):,} apartados para medir"
+            f"{self.name}: {spanish(self.documents)} documentos, {spanish(len(self.train))} tokens para entrenar y "
+            f"{spanish(len(self.held_out))} apartados para medir"
         )
 
 
@@ -219,8 +220,8 @@ def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, 
         train, held_out, bytes_per_token = train[:cut], train[cut:], sum(meta["bytes"]) / sum(meta["tokens"])
     if len(train) < length or len(held_out) < length:
         raise UserError(
-            f"El corpus es demasiado pequeño: {len(train):,} tokens para entrenar y {len(held_out):,} para medir, y "
-            f"cada parte necesita al menos un bloque de {length}. Añade texto o baja --longitud."
+            f"El corpus es demasiado pequeño: {spanish(len(train))} tokens para entrenar y {spanish(len(held_out))} "
+            f"para medir, y cada parte necesita al menos un bloque de {length}. Añade texto o baja --longitud."
         )
     return Corpus(name, train, held_out, bytes_per_token, meta["documents"], meta["skipped"], meta["digest"])
 
@@ -401,7 +402,8 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
         seconds += time.perf_counter() - started
         recent = [*recent[-19:], loss]
         speed = recipe.tokens_per_step * (step + 1 - first) / seconds
-        bar.set_postfix_str(f"pérdida {sum(recent) / len(recent):.3f}, {speed:,.0f} tokens/s", refresh=False)
+        mean = spanish(sum(recent) / len(recent), 3)
+        bar.set_postfix_str(f"pérdida {mean}, {spanish(speed)} tokens/s", refresh=False)
         if on_step:
             on_step(step + 1, loss, seconds)
     return seconds
@@ -432,7 +434,9 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200) -> dict:
+def train_model(
+    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, repo: str | None = None
+) -> dict:
     """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
 
     Args:
@@ -440,6 +444,7 @@ def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, res
         output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
         resume: go on from the last checkpoint.
         save_every: steps between checkpoints.
+        repo: user/name under which the card says that the model is found.
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
         "history": [{"phase", "step", "loss"}, ...]}; results are measured before phase 1 and after each phase.
@@ -530,15 +535,18 @@ def train_model(model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, res
                 print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
             model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             accelerator.free_memory()
-    return dict(results=results, history=history, recipe=recipe, corpus=corpus)
+    outcome = dict(results=results, history=history, recipe=recipe, corpus=corpus)
+    save_trained(model, tokenizer, outcome, output, repo)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return outcome
 
 
 # ---------- Results: table, picture, card, folder, Hub ----------
 
 def result_line(result: dict) -> str:
     return (
-        f"   Texto apartado, {result['name']}: pérdida {result['loss']:.4f}, perplejidad {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.3f} bits por byte"
+        f"   Texto apartado, {result['name']}: pérdida {spanish(result['loss'], 4)}, "
+        f"perplejidad {spanish(result['perplexity'], 2)}, {spanish(result['bits_per_byte'], 3)} bits por byte"
     )
 
 
@@ -546,10 +554,10 @@ def result_table(results: list[dict]) -> str:
     """Markdown table of held-out results."""
     lines = ["| modelo | pérdida | perplejidad | bits por byte | tokens/s | tiempo |", "|" + " --- |" * 6]
     for row in results:
-        spent = f"{row['tokens_per_second']:,.0f} | {row['seconds']:,.0f} s" if "seconds" in row else "– | –"
-        lines.append(
-            f"| {row['name']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} | {spent} |"
-        )
+        cells = [spanish(row["loss"], 4), spanish(row["perplexity"], 2), spanish(row["bits_per_byte"], 3), "–", "–"]
+        if "seconds" in row:
+            cells[3:] = spanish(row["tokens_per_second"]), f"{spanish(row['seconds'])} s"
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -570,7 +578,7 @@ def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int]
     held_out = [row["loss"] for row in results]
     axes.plot(places, held_out, "o--", color="black", label="texto apartado")
     for place, loss in zip(places, held_out):
-        axes.annotate(f"{loss:.3f}", (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.annotate(spanish(loss, 3), (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
     axes.margins(x=0.06, y=0.12)
     axes.grid(alpha=0.3)
@@ -590,7 +598,7 @@ tags: [engram, phi, code, custom_code]
 # {name}
 
 Phi con la memoria condicional **Engram** de DeepSeek: tablas de n-gramas que se consultan en tiempo constante por token
-y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone:,} de Phi y {memory:,} de
+y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone} de Phi y {memory} de
 Engram.
 
 ## Uso
@@ -625,14 +633,14 @@ por paso; decaimiento {weight_decay:g} en las matrices de Phi y ninguno en la me
 """
 
 
-def save_trained(model, tokenizer, outcome: dict, output, repo: str | None = None) -> None:
+def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
     """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
     recipe, config, name = outcome["recipe"], model.config, Path(output).name
     memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
     card = CARD.format(
         base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
-        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=memory,
-        backbone=model.num_parameters() - memory, corpus=outcome["corpus"].describe(),
+        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
+        backbone=spanish(model.num_parameters() - memory), corpus=outcome["corpus"].describe(),
         table=result_table(outcome["results"]), **asdict(recipe),
     )  # fmt: skip
     with whole_folder(output) as folder:
@@ -750,7 +758,7 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         best = None
         for rate in DEMO_CONTROL_RATES:
             control = PhiForCausalLM.from_pretrained(scratch)
-            label = f"Control (tasa {rate:g})"
+            label = f"Control (tasa {rate:g})".replace(".", ",")
             row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
             print(result_line(row))
             if best is None or row["loss"] < best["loss"]:
@@ -762,18 +770,15 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
         model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
         outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9)
-    save_trained(model, tokenizer, outcome, output)
-    shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
     results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
-    print(f"\nPérdida en {len(corpus.held_out):,} tokens que ningún modelo ha visto (menos es mejor):\n")
+    print(f"\nPérdida en {spanish(len(corpus.held_out))} tokens que ningún modelo ha visto (menos es mejor):\n")
     print(result_table(results))
     gain = best["loss"] - results[-1]["loss"]
-    if gain > 0:
-        print(f"\n✅ Con los mismos {further} pasos más, la memoria gana {gain:.3f} nats por token al mejor control.")
-    else:
-        print(f"\n❌ Con los mismos {further} pasos más, la memoria pierde {-gain:.3f} nats por token con el control.")
+    mark, verb = ("✅", "gana") if gain > 0 else ("❌", "pierde")
+    gained = f"{verb} {spanish(abs(gain), 3)} nats por token"
+    print(f"\n{mark} Con los mismos {further} pasos más, la memoria {gained} frente al mejor control.")
     seconds = time.perf_counter() - started
-    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {seconds:,.0f} s.")
+    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {spanish(seconds)} s.")
     print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
     return results
 
@@ -820,7 +825,11 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()  # its bars are English
     transformers.logging.set_verbosity_error()
     if args.demo:
-        demo()
+        try:
+            demo()
+        except KeyboardInterrupt:
+            print("\nLa demostración no se reanuda; para empezarla de nuevo: python train_phi_engram.py --demo")
+            raise
         return
     output = Path(args.salida)
     if output.exists() and not args.reanudar:
@@ -848,17 +857,17 @@ def main(argv=None):
     recipe = replace(recipe, steps=tuple(one_pass if steps is None else steps for steps in asked))
     if min(recipe.steps) < 0 or not any(recipe.steps):
         raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
-    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {recipe.tokens_per_step:,} tokens por paso.")
+    tokens = spanish(recipe.tokens_per_step)
+    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso.")
     print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(
-            model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada
-        )
+            model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,
+            repo=args.subir,
+        )  # fmt: skip
     except KeyboardInterrupt:
         print("\nPara seguir donde estaba: repite la misma orden con --reanudar")
         raise
-    save_trained(model, tokenizer, outcome, output, args.subir)
-    shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
     print(result_table(outcome["results"]))
     print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
     if args.subir:

@@ -22,14 +22,6 @@ from verify_phi_engram import tokenizer_on_the_spot
 SCRIPT = Path(chat_script.__file__)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     """Small, and without a chat template, as Phi-1's."""

@@ -258,24 +258,32 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_resuming_refuses_another_training_and_names_the_difference(grafted, code, tmp_path):
+def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
     corpus = train.prepare_corpus(tokenizer, code, length=32)
     output = tmp_path / "fuera"
     with pytest.raises(UserError, match="ningún punto de control"):
         train.train_model(model, tokenizer, corpus, RECIPE, output, resume=True)
-    train.train_model(model, tokenizer, corpus, RECIPE, output)  # leaves its last checkpoint; main() deletes it
+
+    def full_disk(*_):
+        raise UserError("No queda espacio")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_trained", full_disk)
+        with pytest.raises(UserError, match="espacio"):
+            train.train_model(model, tokenizer, corpus, RECIPE, output)
     with pytest.raises(UserError, match="--reanudar"):
         train.train_model(model, tokenizer, corpus, RECIPE, output)
-    # Had saving the result failed, as on a full disk, resuming would only measure again.
-    resumed, _ = open_grafted(grafted)
-    outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
-    assert len(outcome["history"]) == 8 and len(outcome["results"]) == 3
-    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match=r"backbone_rate: 0.001 → 0.5"):
         train.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
     with pytest.raises(UserError, match="corpus"):
         train.train_model(model, tokenizer, replace(corpus, digest="otro"), RECIPE, output, resume=True)
+    resumed, _ = open_grafted(grafted)
+    outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
+    assert len(outcome["history"]) == 8 and len(outcome["results"]) == 3
+    weights = load_file(output / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "fuera-checkpoints").exists()
 
 
 # --- the script

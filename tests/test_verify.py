@@ -19,15 +19,6 @@ from load_phi_engram import run_script
 SCRIPT = Path(verify_script.__file__)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For models this small, and machines shared with other tests, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(make_model):
     return make_model()
