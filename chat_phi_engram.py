@@ -8,8 +8,10 @@
 
 import os
 import re
+import signal
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -71,16 +73,38 @@ class Answer(StoppingCriteria):
     def __init__(self, tokenizer, prompt_length: int, code: bool, write):
         self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt_length, code, write
         self.tokens, self.text = [], ""  # text: what has been shown
+        self.cut = False  # by Ctrl-C
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         self.tokens = input_ids[0, self.prompt_length :].tolist()
-        stop = self._show(final=False)
+        stop = self._show(final=False) or self.cut
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def finish(self) -> str:
         """Show the last word. Returns the whole answer."""
         self._show(final=True)
         return self.text
+
+    @contextmanager
+    def interruptible(self):
+        """Meanwhile the first Ctrl-C stops after the present token, and the second at once.
+
+        As an exception it could come up inside a library's callback, and be lost there.
+        """
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
+            return
+
+        def cut(number, frame):
+            if self.cut:
+                raise KeyboardInterrupt
+            self.cut = True
+
+        before = signal.signal(signal.SIGINT, cut)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _show(self, final: bool) -> bool:
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -156,21 +180,22 @@ class Chat:
         else:
             ids, turns = self.fit([*self.turns, {"role": "user", "content": text}])
             self.forgotten = len(self.turns) + 1 - len(turns)
-        ids, cut = ids.to(self.model.device), None
+        ids = ids.to(self.model.device)
         answer = Answer(self.tokenizer, ids.shape[1], self.code, write)
         if self.seed is not None:
             torch.manual_seed(self.seed % 2**63)
         try:
-            self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
-            )
-        except KeyboardInterrupt as error:
-            cut = error
+            with answer.interruptible():
+                self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
+                )
+        except KeyboardInterrupt:
+            answer.cut = True
         said = answer.finish()
         if said and not self.code:  # a question without an answer would be answered next time
             self.turns = [*turns, {"role": "assistant", "content": said}]
-        if cut:
-            raise cut
+        if answer.cut:
+            raise KeyboardInterrupt
         return said
 
     def plan(self) -> GenerationConfig:
