@@ -675,6 +675,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -769,10 +770,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             )  # fmt: skip
 
         indices = self._head_indices(input_ids, real, past_key_values) + self.engram_hash.offsets[:, None, None]
-        rows = {
-            layer_id: self.engram_tables[str(layer_id)](index)
-            for layer_id, index in zip(config.engram_layer_ids, indices)
-        }
+        rows = {}
+        for layer_id, index in zip(config.engram_layer_ids, indices):
+            if self.use_memory:
+                rows[layer_id] = self.engram_tables[str(layer_id)](index)
+            else:  # a cache layer with an unused state can neither be cut back nor reordered
+                silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
+                history = self.layers[layer_id].engram.conv.history
+                with_history(silence, history, past_key_values, layer_id, state_idx=0)
         hidden = self.embed_dropout(hidden)
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden, all_weights = [], []

@@ -179,6 +179,12 @@ def make_phi(seed: int = 0, attn: str = "eager", **kw):
     return model
 
 
+def plain_fields(config) -> dict:
+    """A PhiEngramConfig's fields, for a plain PhiConfig."""
+    unlike_phi = ("model_type", "architectures", "auto_map", "dtype")
+    return {key: value for key, value in config.to_dict().items() if key not in unlike_phi}
+
+
 def phi_state_dict(model) -> dict[str, torch.Tensor]:
     """What plain Phi has of a PhiEngramForCausalLM."""
     return {name: tensor for name, tensor in model.state_dict().items() if "engram" not in name}

@@ -96,6 +96,29 @@ def test_greedy_of_other_shapes(make_model, kw):
 
 @pytest.mark.parametrize(
     "kw",
+    [{}, dict(num_beams=4, num_return_sequences=2), dict(prompt_lookup_num_tokens=4),
+     dict(cache_implementation="static")],
+    ids=str,
+)  # fmt: skip
+def test_memory_switched_off_is_plain_phi(make_model, kw):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    model = make_model()
+    phi = PhiForCausalLM(PhiConfig(**helpers.plain_fields(model.config))).eval()
+    phi.set_attn_implementation("eager")
+    phi.load_state_dict(helpers.phi_state_dict(model))
+    ids = helpers.random_ids(model, 1, 5).repeat(1, 3)
+    with_memory = model(ids).logits
+    model.model.use_memory = False
+    assert torch.equal(model(ids).logits, phi(ids).logits)
+    ours, theirs = (generate(each, ids, max_new_tokens=12, pad_token_id=0, **kw) for each in (model, phi))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    model.model.use_memory = True
+    assert torch.equal(model(ids).logits, with_memory)
+
+
+@pytest.mark.parametrize(
+    "kw",
     [dict(do_sample=True, top_k=0), dict(do_sample=True, temperature=0.7, top_p=0.9),
      dict(do_sample=True, num_return_sequences=3), dict(num_beams=4), dict(num_beams=4, num_return_sequences=4),
      dict(num_beams=4, do_sample=True, num_return_sequences=2), dict(repetition_penalty=1.3)],

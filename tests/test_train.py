@@ -272,6 +272,7 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
         patch.setattr(train, "save_trained", full_disk)
         with pytest.raises(UserError, match="espacio"):
             train.train_model(model, tokenizer, corpus, RECIPE, output)
+    assert [path.name for path in (tmp_path / "fuera-checkpoints").iterdir()] == ["fase-2-paso-0000004"]
     with pytest.raises(UserError, match="--reanudar"):
         train.train_model(model, tokenizer, corpus, RECIPE, output)
     with pytest.raises(UserError, match=r"backbone_rate: 0.001 → 0.5"):
