@@ -19,7 +19,16 @@ try:
     from transformers import GenerationConfig, StoppingCriteria
     from transformers import logging as transformers_logging
 
-    from load_phi_engram import CHAT_TEMPLATE, SpanishParser, UserError, open_model, run_script, spanish
+    from load_phi_engram import (
+        CHAT_TEMPLATE,
+        SpanishParser,
+        UserError,
+        about_memory,
+        add_memory_options,
+        open_model,
+        run_script,
+        spanish,
+    )
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -346,6 +355,7 @@ def main(argv=None) -> int:
         help="0 elige siempre lo más probable; cuanto mayor, más variado (por defecto, %(default)s)",
     )  # fmt: skip
     parser.add_argument("--semilla", type=int, metavar="N", help="repite las mismas respuestas a las mismas preguntas")
+    add_memory_options(parser)
     options = parser.parse_args(argv)
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
@@ -363,11 +373,12 @@ def main(argv=None) -> int:
     name, gpu = str(options.modelo or default_model()), torch.cuda.is_available()
     note(f"Abriendo {name} …")
     # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
-    model, tokenizer = open_model(name, torch.float16 if gpu else torch.float32, "cuda" if gpu else "cpu")
-    millions = spanish(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+    dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
+    model, tokenizer = open_model(name, dtype, device, options.memoria, options.cambiar_memoria)
+    millions = spanish(model.n_values / 1e6, 1)
     where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
     precision = str(model.dtype).removeprefix("torch.")
-    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{ADVICE}")
+    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{about_memory(model)}\n{ADVICE}")
     settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla)
     longest = model.config.max_position_embeddings // 2
     if options.max_tokens > longest:

@@ -3,6 +3,8 @@
     python load_phi_engram.py                                     # microsoft/phi-1 from the Hub -> phi1-engram/
     python load_phi_engram.py --modelo mi-carpeta-phi --salida mi-phi-engram
     python load_phi_engram.py --capas 1 --filas 64000 --dtype float16         # a smaller memory
+    python load_phi_engram.py --modelo phi1-engram-trained --precision-memoria int8 --salida phi1-engram-int8
+    python load_phi_engram.py --modelo phi1-engram-trained --solo-memoria --salida mi-memoria
 
 Also the room of what every script does when it opens and saves: errors in Spanish, folders that are whole or absent.
 """
@@ -32,7 +34,7 @@ try:
     from huggingface_hub import errors as hub_errors
     from safetensors import SafetensorError
 
-    from phi1_engram import PHI_1, PhiEngramConfig, PhiEngramForCausalLM
+    from phi1_engram import MEMORY_FILE, PHI_1, PLACES, PRECISIONS, PhiEngramConfig, PhiEngramForCausalLM
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -54,7 +56,7 @@ MADE_BY = {
 # What main() writes. A folder that holds anything else is never replaced by it.
 OWN_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|"
-    r"chat_template\.jinja|phi1_engram\.py|model.*\.safetensors(\.index\.json)?|__pycache__|\.DS_Store"
+    r"chat_template\.jinja|engram_memory\.safetensors|phi1_engram\.py|model.*\.safetensors(\.index\.json)?|__pycache__|\.DS_Store"
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -345,12 +347,14 @@ def open_checked(name, new=None, **kwargs):
     return model.eval()
 
 
-def open_model(name, dtype=None, device=None):
+def open_model(name, dtype=None, device=None, storage="auto", memory=None):
     """Open a checkpoint of Phi with memory.
 
     Args:
         name: folder, or user/name on the Hub.
         dtype: torch dtype or its name; by default the checkpoint's.
+        storage: where the memory's rows live: "gpu", "ram", "disco" or "auto".
+        memory: a memory to put in place of its own: folder, or user/name on the Hub.
     Returns:
         model (eval mode, on `device`), tokenizer.
     Raises:
@@ -367,8 +371,42 @@ def open_model(name, dtype=None, device=None):
     with explained(name):
         source = where_from(name)
         tokenizer = open_tokenizer(name, **source)
-        model = open_checked(name, dtype=dtype or "auto", **source)
-        return model if device is None else model.to(device), tokenizer
+        model = open_checked(name, dtype=dtype or "auto", engram_storage=storage, **source)
+        model = model if device is None else model.to(device)
+    if memory is not None:
+        change_memory(model, memory)
+    return model, tokenizer
+
+
+def change_memory(model, name):
+    """Put the memory of the folder or Hub name `name` in place of the model's own."""
+    name = os.path.expanduser(str(name))
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
+        raise UserError(
+            f"La carpeta «{name}» no contiene {MEMORY_FILE}, así que no es una memoria. Se guarda una con: "
+            "python load_phi_engram.py --modelo CARPETA --solo-memoria --salida mi-memoria"
+        )
+    with explained(name):
+        try:
+            model.load_memory(name, **where_from(name))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def add_memory_options(parser):
+    """The flags that say where the memory lives and which one it is, the same in every script."""
+    parser.add_argument(
+        "--memoria", default="auto", choices=PLACES, metavar="SITIO",
+        help=f"dónde están las filas de la memoria: {', '.join(PLACES)} (por defecto, auto: lo más rápido que quepa)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cambiar-memoria", metavar="CARPETA_O_NOMBRE", help="usa esta otra memoria, entrenada sobre el mismo Phi"
+    )
+
+
+def about_memory(model) -> str:
+    """Where the memory is and why, as one Spanish line."""
+    return f"Memoria en {model.memory_place}: {model.memory_reason}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,30 +532,62 @@ def main(argv=None):
     dtypes = ["auto", "float32", "float16", "bfloat16"]
     dtypes_help = f"precisión: {', '.join(dtypes)} (por defecto, auto: la de los pesos)"
     parser.add_argument("--dtype", default="auto", choices=dtypes, metavar="TIPO", help=dtypes_help)
+    parser.add_argument(
+        "--precision-memoria", choices=list(PRECISIONS), metavar="TIPO",
+        help=f"precisión de las filas de la memoria: {', '.join(PRECISIONS)}; int8 ocupa la cuarta parte que float32",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cambiar-memoria", metavar="CARPETA_O_NOMBRE", help="pone esta memoria, entrenada sobre el mismo Phi"
+    )
+    parser.add_argument(
+        "--solo-memoria", action="store_true", help=f"guarda solo las filas entrenadas, en {MEMORY_FILE}, sin Phi"
+    )
     parser.add_argument("--salida", default="phi1-engram", help="carpeta en que se guarda (por defecto, %(default)s)")
     args = parser.parse_args(argv)
+    if args.solo_memoria and args.precision_memoria:
+        parser.error("--solo-memoria guarda las filas como están; cambia antes su precisión con --precision-memoria.")
     started = time.perf_counter()
     check_output(args.salida)
     sizes = {"engram_vocab_size": [args.filas, args.filas]} if args.filas is not None else {}
     with whole_folder(args.salida) as folder:  # first of all: a place that can't be written is known at once
         print(f"📥 Abriendo {args.modelo} …", flush=True)
-        model, tokenizer = load_phi_1_with_engram(args.modelo, args.capas, args.dtype, **sizes)
-        print(report(model))
-        print("✅ Injerto exacto: con la memoria sin entrenar responde igual que Phi, bit a bit.")
-        size, free = model.get_memory_footprint(), shutil.disk_usage(folder).free
-        if free < size:
+        changes = [flag for flag in ("precision_memoria", "cambiar_memoria", "solo_memoria") if getattr(args, flag)]
+        name = find_model(args.modelo)
+        if changes and read_config(name)["model_type"] == PhiEngramConfig.model_type:
+            if args.capas or args.filas:
+                raise UserError(f"«{args.modelo}» ya tiene memoria: --capas y --filas son para un Phi sin ella.")
+            # From the disk, a part at a time: the table may be larger than the RAM.
+            model, tokenizer = open_model(name, args.dtype, storage="disco")
+        else:
+            model, tokenizer = load_phi_1_with_engram(args.modelo, args.capas, args.dtype, **sizes)
+            print(report(model))
+            print("✅ Injerto exacto: con la memoria sin entrenar responde igual que Phi, bit a bit.")
+        if args.cambiar_memoria:
+            change_memory(model, args.cambiar_memoria)
+            print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
+        if args.solo_memoria:
+            model.save_memory(folder)
+        dtype = PRECISIONS.get(args.precision_memoria)
+        tables = model.model.engram_tables.values()
+        size = model.n_bytes + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
+        free = shutil.disk_usage(folder).free
+        if free < size and not args.solo_memoria:
             raise UserError(
                 f"No queda espacio: el modelo ocupa {gigabytes(size)} y en {Path(args.salida).resolve().parent} hay "
                 f"{gigabytes(free)}. Libera espacio, elige otro disco con --salida o una memoria menor con --filas."
             )
-        print(f"💾 Guardando en {args.salida}/ …", flush=True)
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        if not args.solo_memoria:
+            print(f"💾 Guardando en {args.salida}/ …", flush=True)
+            with quiet():
+                model.save_pretrained(folder, engram_precision=args.precision_memoria)
+                tokenizer.save_pretrained(folder)
     seconds, peak = time.perf_counter() - started, peak_memory()
     print(f"✅ Guardado en {args.salida}/ en {spanish(seconds, 1)} s.")
     if peak:
         print(f"   Memoria máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo), con archivos mapeados.")
+    if args.solo_memoria:
+        print(f"Ahora: python chat_phi_engram.py --modelo MODELO --cambiar-memoria {shlex.quote(args.salida)}")
+        return
     option = "" if args.salida == "phi1-engram" else f" --modelo {shlex.quote(args.salida)}"
     print(f"Ahora: python train_phi_engram.py{option}    (entrena la memoria)")
     print(f"   o:  python chat_phi_engram.py{option}     (habla con el modelo)")

@@ -14,12 +14,20 @@ Shapes: B batch, T tokens, d hidden size, V vocabulary, N largest n-gram order, 
 H = (N-1)*K heads per layer, d_head values per row, L Engram layers.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sympy import nextprime
 from torch import nn
 from transformers import (
@@ -39,6 +47,14 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file, logging
+
+try:
+    import psutil  # accelerate brings it
+except ImportError:
+    psutil = None
+
+logger = logging.get_logger(__name__)
 
 PHI_1 = "microsoft/phi-1"
 END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config names no stop token
@@ -352,18 +368,278 @@ class EngramHash(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class EngramTable(nn.Module):
-    """One layer's rows, all heads end to end (paper eq. 2). Zero means "never trained" and adds exactly nothing."""
+TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
+MEMORY_FILE = "engram_memory.safetensors"
+PLACES = ("auto", "gpu", "ram", "disco")
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+SCALE_BYTES = 4  # of an int8 row: one float32 after its values, so that one read brings both
+CHUNK = 2**25  # bytes of rows converted or copied at a time
 
-    def __init__(self, n_rows: int, d_head: int):
+
+def row_width(d_head: int, dtype: torch.dtype) -> int:
+    """Stored elements per row."""
+    return d_head + SCALE_BYTES if dtype == torch.int8 else d_head
+
+
+def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [n, d_head] of any float type -> rows as stored [n, row_width]. Int8: x = q * scale, scale = max|x|/127."""
+    if dtype != torch.int8:
+        return rows.to(dtype)
+    rows = rows.float()
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    values = (rows / scale.where(scale > 0, 1)).round().to(torch.int8)
+    return torch.cat((values, scale.view(torch.int8)), dim=-1)
+
+
+def unpack(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as stored [..., row_width] -> rows [..., d_head]; int8 becomes float32, floats keep their type."""
+    if rows.dtype != torch.int8:
+        return rows
+    scale = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return rows[..., :-SCALE_BYTES].float() * scale
+
+
+class TableFile:
+    """Rows inside a safetensors file, each read when it is asked for.
+
+    By `pread`: where a file shrinks or a disk fails, that is an error, and in mapped memory the process dies.
+
+    Args:
+        path: the file. key: its tensor. n_rows, d_head: what the table has to hold.
+        mate: digest of the dense weights beside which the rows are used; compared where the file keeps one.
+    Raises:
+        OSError: unreadable, truncated, of another shape, or not the rows that were saved here.
+    """
+
+    def __init__(self, path, key: str, n_rows: int, d_head: int, mate: str | None = None):
+        self.arguments = (path, key, n_rows, d_head, mate)
+        self.path, self.n_rows = path, n_rows
+        self.file = open(path, "rb", buffering=0)
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            length = int.from_bytes(self._at(0, 8), "little")
+            header = json.loads(self._at(8, min(length, size)))
+            entry, meta = header[key], header.get("__metadata__", {})
+            self.dtype, shape, (begin, end) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._bad("su cabecera no se entiende") from error
+        expected = [n_rows, row_width(d_head, self.dtype)]
+        if shape != expected:
+            raise self._bad(f"la tabla es de {shape} y debe ser de {expected}")
+        self.width, self.row_bytes = shape[1], shape[1] * self.dtype.itemsize
+        self.start = 8 + length + begin
+        if end - begin != n_rows * self.row_bytes or size < 8 + length + end:
+            raise self._bad(f"está a medias: tiene {size} bytes de {8 + length + end}")
+        if mate is not None and meta.get("engram_mate", mate) != mate:
+            raise self._bad("sus filas no son las que se guardaron con este modelo")
+        if "engram_digest" in meta and meta["engram_digest"] != self.digest():
+            raise self._bad("sus filas no son las que se guardaron")
+
+    def __reduce__(self):  # a copy opens the file anew
+        return TableFile, self.arguments
+
+    def _bad(self, why: str) -> OSError:
+        return OSError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
+
+    def _at(self, offset: int, size: int) -> bytearray:
+        self.file.seek(offset)
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = self.file.readinto(view)
+            if not count:
+                raise self._bad("se corta antes de tiempo")
+            view = view[count:]
+        return data
+
+    def read(self, row_ids: np.ndarray) -> torch.Tensor:
+        """int64 [n] -> rows as stored [n, row_width]."""
+        size, descriptor, pieces = self.row_bytes, self.file.fileno(), []
+        offsets = (row_ids * size + self.start).tolist()
+        clock, watched = time.perf_counter(), len(offsets) > 64 and hasattr(os, "posix_fadvise")
+        for i, offset in enumerate(offsets):
+            pieces.append(os.pread(descriptor, size, offset))
+            if i == 31 and watched and time.perf_counter() - clock > 2e-3:
+                # That came from the disk, not from its cache: let it work on all of them at once.
+                for later in offsets[i:]:
+                    os.posix_fadvise(descriptor, later, size, os.POSIX_FADV_WILLNEED)
+        data = bytearray().join(pieces)
+        if len(data) != len(offsets) * size:
+            raise self._bad("se ha cortado mientras estaba abierto")
+        return torch.frombuffer(data, dtype=self.dtype).view(len(offsets), self.width)
+
+    def chunks(self) -> Iterable[torch.Tensor]:
+        """All rows as stored, some [n, row_width] at a time."""
+        step = max(1, CHUNK // self.row_bytes)
+        for first in range(0, self.n_rows, step):
+            n = min(step, self.n_rows - first)
+            data = self._at(self.start + first * self.row_bytes, n * self.row_bytes)
+            yield torch.frombuffer(data, dtype=self.dtype).view(n, self.width)
+
+    def digest(self) -> str:
+        """Of 512 rows spread over all, their type and shape: at once, however large the table."""
+        sample = np.linspace(0, self.n_rows - 1, min(512, self.n_rows)).astype(np.int64).tolist()
+        rows = b"".join(self._at(self.start + row * self.row_bytes, self.row_bytes) for row in sample)
+        return hashlib.sha256(f"{self.dtype} {self.n_rows} {self.width} ".encode() + rows).hexdigest()
+
+
+def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dtype, n_rows, d_head: int, mate: str):
+    """Write rows as stored, given some [n, row_width] at a time, as the one tensor of a safetensors file.
+
+    Whole or absent. The rows begin on a page of the disk, so that few lie on two.
+    """
+    shape = [n_rows, row_width(d_head, dtype)]
+    name = next(name for name, known in SAFETENSORS.items() if known == dtype)
+    entry = {"dtype": name, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
+
+    def header(**digest):
+        text = json.dumps({"__metadata__": {"format": "pt", "engram_mate": mate, **digest}, key: entry}).encode()
+        return text.ljust(4096 - 8)  # the format allows spaces
+
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(header()).to_bytes(8, "little") + header())
+            for rows in chunks:
+                file.write(rows.contiguous().view(torch.uint8).numpy().data)
+        digest = TableFile(temporary, key, n_rows, d_head).digest()
+        with open(temporary, "r+b") as file:
+            file.seek(8)
+            file.write(header(engram_digest=digest))
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# One thread for all tables: rows come in the order in which layers need them.
+_reader = ThreadPoolExecutor(1, thread_name_prefix="engram")
+
+
+class EngramTable(nn.Module):
+    """One layer's rows, all heads end to end (paper eq. 2). Zero means "never trained" and adds exactly nothing.
+
+    Rows are `weight`, or stay in `file` (place "disco"). In place "ram" beside a GPU, `weight` does not follow the
+    model there: touched rows alone do, each once, while the earlier layers compute (paper §2.5).
+    """
+
+    def __init__(self, n_rows: int, d_head: int, empty: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_rows, d_head))
+        self.n_rows, self.d_head = n_rows, d_head
+        self.weight = None if empty else nn.Parameter(torch.zeros(n_rows, d_head))
+        self.file = None  # that the rows came from, and may still be read from
+        self.place = "ram"
+        self.stays = False  # whether rows have to be brought to where the model computes
+        self.prefetches = True
+        self._coming = None  # the indices that were announced, and their rows to be
+        self._stream = None
         # Row-sparse gradients are a choice of the training loop: AdamW, the usual optimiser, refuses them.
         self.sparse_grad = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as stored."""
+        return self.file.dtype if self.weight is None else self.weight.dtype
+
+    @property
+    def writable(self) -> bool:
+        return self.weight is not None and self.weight.is_floating_point()
+
+    def _apply(self, fn, recurse=True):
+        return self if self.stays else super()._apply(fn, recurse)
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of the rows when stored in precision `dtype`."""
+        return self.n_rows * row_width(self.d_head, dtype) * dtype.itemsize
+
+    def hold(self, dtype: torch.dtype):
+        """Read all rows of the file into memory, in precision `dtype`."""
+        file = self.file
+        weight = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype)
+        first = 0
+        for rows in file.chunks():
+            weight[first : first + len(rows)] = rows if dtype == rows.dtype else pack(unpack(rows), dtype)
+            first += len(rows)
+        self.weight = nn.Parameter(weight, requires_grad=dtype.is_floating_point)
+        self._unchanged = self.weight._version if dtype == file.dtype else None
+
+    def settle(self, place: str):
+        """Put the rows in "gpu", "ram" or "disco".
+
+        Raises:
+            ValueError: "disco", and no file holds these rows.
+        """
+        if place == "disco" and self.weight is not None:
+            if self.file is None or self.weight._version != self._unchanged:
+                raise ValueError(
+                    "Estas filas no están en ningún archivo, o han cambiado desde que se leyeron. Guarda el modelo, "
+                    'model.save_pretrained("carpeta"), y ábrelo con engram_storage="disco".'
+                )
+            self.weight = None
+        elif place != "disco" and self.weight is None:
+            self.hold(self.file.dtype)
+        self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
+        if self.stays and self.weight is not None:
+            self.weight.data = self.weight.data.cpu().pin_memory()
+
+    def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
+        """All rows as stored in precision `dtype`, some at a time, on the CPU."""
+        step = max(1, CHUNK // (4 * self.d_head))
+        for rows in self.file.chunks() if self.weight is None else self.weight.detach().split(step):
+            yield rows.cpu() if dtype == rows.dtype else pack(unpack(rows.cpu()), dtype)
+
+    def announce(self, row_ids: torch.LongTensor):
+        """Begin to bring the rows that the next `forward` will be asked for."""
+        if not (self.stays and self.prefetches) or torch.compiler.is_compiling():
+            return
+        ready = None
+        if row_ids.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(row_ids.device)
+            ready = torch.cuda.current_stream(row_ids.device).record_event()
+        self._coming = row_ids, _reader.submit(self._bring, row_ids, ready)
+
+    @torch.no_grad()
+    def _bring(self, row_ids, ready=None):
+        """Rows [..., d_head] on the indices' device, each distinct one read once; on a GPU, and when they are there."""
+        if ready is None:
+            return self._read(row_ids), None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            wanted, inverse = row_ids.unique(return_inverse=True)
+            rows = self._stored(wanted.cpu()).pin_memory().to(row_ids.device, non_blocking=True)
+            return unpack(rows[inverse]), self._stream.record_event()
+
+    def _read(self, row_ids):
+        wanted = row_ids.cpu()
+        if wanted.shape[:-1].numel() == 1:  # the heads of one token never share a row
+            return unpack(self._stored(wanted.flatten()).view(*wanted.shape, -1)).to(row_ids.device)
+        wanted, inverse = wanted.unique(return_inverse=True)
+        return unpack(self._stored(wanted)[inverse]).to(row_ids.device)
+
+    def _stored(self, row_ids):
+        return self.file.read(row_ids.numpy()) if self.weight is None else self.weight.detach()[row_ids]
+
+    @torch.compiler.disable(reason="las filas de la memoria están en RAM o en disco; torch.compile las quiere en 'gpu'")
+    def _brought(self, row_ids):
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] is not row_ids:
+            return self._read(row_ids)
+        rows, there = coming[1].result()
+        if there is not None:
+            stream = torch.cuda.current_stream(rows.device)
+            stream.wait_event(there)
+            rows.record_stream(stream)
+        return rows
+
     def forward(self, row_ids: torch.LongTensor) -> torch.Tensor:
-        """int64 [B, T, H] in 0..n_rows-1 -> rows [B, T, H, d_head]."""
-        return F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad)
+        """int64 [B, T, H] in 0..n_rows-1 -> rows [B, T, H, d_head] of any floating type."""
+        if not self.writable:
+            return self._brought(row_ids) if self.stays else unpack(F.embedding(row_ids, self.weight))
+        if self.stays and not torch.is_grad_enabled():
+            return self._brought(row_ids)
+        rows = F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad)
+        return rows.to(row_ids.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,7 +741,7 @@ class EngramLayer(nn.Module):
         Returns:
             Y [B, T, d], hidden's dtype; exactly zero where all rows in reach are zero and there is no bias.
         """
-        memory = rows.flatten(-2).to(hidden.dtype)  # [B, T, d_mem]
+        memory = rows.flatten(-2).to(hidden.device, hidden.dtype)  # [B, T, d_mem]
         alpha = self.gate(hidden, self.key_proj(memory))
         gated = alpha.to(hidden.dtype) * self.value_proj(memory)
         if real is not None:
@@ -648,7 +924,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         if isinstance(module, EngramHash):
             module.reset_buffers()
         elif isinstance(module, (EngramTable, EngramShortConv)):
-            init.zeros_(module.weight)
+            if module.weight is not None:
+                init.zeros_(module.weight)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, PhiRotaryEmbedding):
@@ -660,7 +937,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
 
-    def __init__(self, config: PhiEngramConfig, tokenizer=None):
+    def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
@@ -668,7 +945,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         d_head = config.n_embed_per_ngram // config.n_head_per_ngram
         self.engram_tables = nn.ModuleDict(
             {
-                str(layer_id): EngramTable(sum(map(sum, primes)), d_head)
+                str(layer_id): EngramTable(sum(map(sum, primes)), d_head, empty_tables)
                 for layer_id, primes in zip(config.engram_layer_ids, head_primes(config))
             }
         )
@@ -770,12 +1047,22 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             )  # fmt: skip
 
         indices = self._head_indices(input_ids, real, past_key_values) + self.engram_hash.offsets[:, None, None]
-        rows = {}
-        for layer_id, index in zip(config.engram_layer_ids, indices):
-            if self.use_memory:
-                rows[layer_id] = self.engram_tables[str(layer_id)](index)
-            else:  # a cache layer with an unused state can neither be cut back nor reordered
-                silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
+        indices = dict(zip(config.engram_layer_ids, indices))
+        if self.training and torch.is_grad_enabled():
+            for layer_id in indices:
+                trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
+                if trained and not self.engram_tables[str(layer_id)].writable:
+                    raise ValueError(
+                        "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
+                        'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
+                        "--precision-memoria float32 --salida OTRA"
+                    )
+        if self.use_memory:
+            for layer_id in sorted(indices):
+                self.engram_tables[str(layer_id)].announce(indices[layer_id])
+        else:  # a cache layer with an unused state can neither be cut back nor reordered
+            silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
+            for layer_id in indices:
                 history = self.layers[layer_id].engram.conv.history
                 with_history(silence, history, past_key_values, layer_id, state_idx=0)
         hidden = self.embed_dropout(hidden)
@@ -784,8 +1071,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
+            rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
             hidden, weights = layer(
-                hidden, rows.get(i), real, attention_mask=causal_mask, position_embeddings=position_embeddings,
+                hidden, rows, real, attention_mask=causal_mask, position_embeddings=position_embeddings,
                 past_key_values=past_key_values, position_ids=position_ids, **kwargs,
             )  # fmt: skip
             if output_attentions:
@@ -800,6 +1088,64 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
+
+    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        if flat.device.type == "meta":
+            return None
+        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
+    return digest.hexdigest()
+
+
+def free_ram() -> int:
+    """Bytes of RAM that this process could still take."""
+    return psutil.virtual_memory().available if psutil else 2**62
+
+
+def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
+    """Where the memory's rows go, and why (Spanish).
+
+    Args:
+        wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
+        to_move: bytes of the model that are yet to go to the GPU.
+    Raises:
+        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
+    """
+    if wanted not in PLACES:
+        raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
+    if wanted == "disco" and not on_file:
+        raise ValueError(
+            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
+            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
+        )
+    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
+    if wanted in ("gpu", "disco"):
+        return wanted, f"ocupa {giga}; así se ha pedido"
+    gpu = " no hay GPU;"
+    if wanted == "auto" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        if size + to_move < 0.8 * free:  # the rest is for what is computed
+            return "gpu", f"ocupa {giga} y cabe en la GPU"
+        gpu = " no cabe en la GPU;"
+    elif wanted == "ram":
+        gpu = ""
+    free = free_ram()
+    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
+    if size < 0.9 * free or not on_file:
+        return "ram", f"ocupa {giga};{gpu} {room}"
+    if wanted == "ram":
+        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
+    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
+
+
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
@@ -812,19 +1158,252 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: PhiEngramConfig, tokenizer=None):
+    def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
         super().__init__(config)
-        self.model = PhiEngramModel(config, tokenizer)
+        self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+        """transformers' own, plus where the memory's rows live in this process.
+
+        Args:
+            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
+                needed), or "auto", the fastest that fits into what is free.
+        Raises:
+            ValueError: no such place. OSError: a file of the memory that is not what was saved.
+        """
+        if engram_storage not in PLACES:
+            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        empty = {} if name is None else {"empty_tables": True}
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        if empty:
+            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
+            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
+            model._fill_tables(files, engram_storage)
+            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
+            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
+        elif engram_storage != "auto":
+            model.move_memory(engram_storage)
         if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
             model.generation_config.eos_token_id = model.config.eos_token_id
-        return loaded
+        return (model, info) if output_loading_info else model
+
+    # ---- where the memory's rows live
+
+    @property
+    def n_values(self) -> int:
+        """Parameters, wherever they live; the rows' scales are not counted."""
+        tables = self.model.engram_tables.values()
+        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
+        return dense + sum(table.n_rows * table.d_head for table in tables)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that `save_pretrained` would write."""
+        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
+        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
+
+    @property
+    def memory_place(self) -> str:
+        """"gpu", "ram" or "disco"."""
+        return next(iter(self.model.engram_tables.values())).place
+
+    def move_memory(self, place: str):
+        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
+
+        Raises:
+            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
+        """
+        tables = self.model.engram_tables
+        size = sum(table.size(table.dtype) for table in tables.values())
+        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
+        for layer_id, table in tables.items():
+            self._settle(table, layer_id, place)
+
+    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
+        on_gpu = self.device.type == "cuda"
+        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
+        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
+        return place
+
+    def _settle(self, table: EngramTable, layer_id, place: str):
+        table.settle(place)
+        if place == "gpu":
+            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
+
+    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+
+        def find(file):
+            try:
+                return cached_file(name, file, **hub)
+            except OSError:
+                return None
+
+        suffix, files = f".{variant}" if variant else "", {}
+        single, index = find(f"model{suffix}.safetensors"), None
+        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
+            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        for layer_id in self.config.engram_layer_ids:
+            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
+            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
+            if path is None and index is not None:
+                path = find(index[key]) if key in index else None
+            elif path is None and single is not None:
+                with safe_open(single, "pt") as file:
+                    path = single if key in file.keys() else None
+            if path is not None:
+                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
+        return files
+
+    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
+        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
+        zeros for a layer without file."""
+        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
+        kinds = {
+            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
+            for i in tables
+        }
+        size = sum(table.size(kinds[i]) for i, table in tables.items())
+        place = self._choose(wanted, size, len(files) == len(tables))
+        for layer_id, table in tables.items():
+            table.file = files.get(layer_id)
+            if table.file is None:
+                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+            elif place != "disco":
+                table.hold(kinds[layer_id])
+            self._settle(table, layer_id, place)
+
+    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
+        """Digest of the dense weights beside which a layer's rows were trained."""
+        start = f"model.layers.{layer_id}.engram."
+        state = self.state_dict() if state is None else state
+        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
+
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
+        engram_precision: str | None = None, **kwargs,
+    ):  # fmt: skip
+        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
+
+        Args:
+            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
+        Raises:
+            ValueError: no such precision.
+        """
+        if engram_precision not in (None, *PRECISIONS):
+            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
+        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
+        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        if is_main_process and not adapter:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for layer_id in self.config.engram_layer_ids:
+                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
+                if key in given and given[key] is not table.weight:  # gathered by a trainer, perhaps
+                    source = EngramTable(table.n_rows, table.d_head, empty=True)
+                    source.weight = nn.Parameter(given[key], requires_grad=False)
+                    table = source if given[key].device.type != "meta" else table
+                dtype = PRECISIONS.get(engram_precision, table.dtype)
+                write_table(
+                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
+                    table.d_head, self._mate(layer_id, state),
+                )  # fmt: skip
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
+            **kwargs,
+        )  # fmt: skip
+        if push_to_hub and is_main_process:
+            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
+
+    # ---- memories that travel
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision."""
+        config, ids = self.config, self.model.engram_hash
+        layout = (
+            config.engram_layer_ids, config.max_ngram_size, config.n_embed_per_ngram, config.n_head_per_ngram,
+            config.engram_kernel_size, config.engram_pad_id, config.engram_bias, config.hidden_size,
+            ids.primes.tolist(), ids.multipliers.tolist(),
+        )  # fmt: skip
+        backbone = {name: tensor for name, tensor in self.state_dict().items() if "engram" not in name}
+        return {
+            "projection": hashlib.sha256(ids.token_map.cpu().numpy().tobytes()).hexdigest(),
+            "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
+            "backbone": sign_digest(backbone),
+        }
+
+    def save_memory(self, folder):
+        """Save what phase 1 trains, and nothing of Phi: rows that are not zero, with their indices, and the dense
+        Engram weights, as one safetensors file in `folder`. Its size follows the rows trained, not the table."""
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if ".engram." in name}
+        for layer_id, table in self.model.engram_tables.items():
+            first, ids, rows = 0, [], []
+            for chunk in table.chunks(table.dtype):
+                trained = unpack(chunk).any(-1).nonzero()[:, 0]
+                ids.append(trained + first)
+                rows.append(chunk[trained])
+                first += len(chunk)
+            tensors |= {f"{layer_id}.row_ids": torch.cat(ids), f"{layer_id}.rows": torch.cat(rows)}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder, MEMORY_FILE)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def load_memory(self, name, **hub):
+        """Put a memory that `save_memory` wrote in the place of the present one; Phi stays as it is.
+
+        Args:
+            name: folder, or user/name on the Hub; `hub`: `token`, `revision` and the like.
+        Raises:
+            ValueError: it was trained on another Phi, with another hash or with another projection; nothing changed.
+        """
+        with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
+            made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        own = self.fingerprints()
+        for kind, reason in (
+            ("projection", "con otra proyección del vocabulario (otro tokenizer)"),
+            ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
+            ("backbone", "sobre otro Phi, o este se ha entrenado después"),
+        ):
+            if made_for.get(kind) != own[kind]:
+                raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
+        state, place = self.state_dict(), self.memory_place
+        for key, tensor in tensors.items():
+            if ".engram." in key:
+                state[key].copy_(tensor)
+        for layer_id, table in self.model.engram_tables.items():
+            rows = tensors[f"{layer_id}.rows"]
+            weight = torch.zeros(table.n_rows, rows.shape[1], dtype=rows.dtype)
+            self._replace_rows(table, weight.index_copy_(0, tensors[f"{layer_id}.row_ids"], rows), place)
+
+    @torch.no_grad()
+    def remove_memory(self):
+        """Forget everything: an untrained memory, that is plain Phi to the last bit."""
+        for layer_id, table in self.model.engram_tables.items():
+            for module in self.model.layers[int(layer_id)].engram.modules():
+                for parameter in module.parameters(recurse=False):
+                    parameter.zero_() if parameter.ndim != 2 else parameter.normal_(0, self.config.initializer_range)
+                if isinstance(module, EngramRMSNorm):
+                    module.weight.fill_(1)
+            self._replace_rows(table, torch.zeros(table.n_rows, table.d_head, dtype=self.dtype), self.memory_place)
+
+    def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
+        """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
+        device = table.weight.device if table.weight is not None else "cpu"
+        table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
+        table.settle("ram" if place == "disco" else place)
 
     def forward(
         self,

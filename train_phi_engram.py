@@ -41,13 +41,15 @@ try:
         CHAT_TEMPLATE,
         SpanishParser,
         UserError,
+        about_memory,
+        add_memory_options,
         load_phi_1_with_engram,
         open_model,
         run_script,
         spanish,
         whole_folder,
     )
-    from phi1_engram import PHI_1
+    from phi1_engram import PHI_1, unpack
 except ImportError as error:  # also found out before hours of training: matplotlib is only used after them
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -806,6 +808,7 @@ def parse(argv):
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
     parser.add_argument("--subir", metavar="USUARIO/NOMBRE", help="subir el resultado al Hub, privado")
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
+    add_memory_options(parser)
     args = parser.parse_args(argv)
     for name in ("longitud", "lote", "acumular", "guardar_cada", "max_tokens"):
         value = getattr(args, name)
@@ -818,6 +821,18 @@ def parse(argv):
     if args.subir and args.subir.count("/") != 1:
         raise UserError(f"--subir {args.subir} no es válido: escribe tu-usuario/nombre.")
     return args
+
+
+def writable_memory(model):
+    """Rows of a memory that can be trained: float32, and not on disk."""
+    if model.memory_place == "disco":
+        raise UserError(
+            f"{about_memory(model)} Para entrenarla tiene que poder escribirse: usa --memoria ram en una máquina "
+            "donde quepa, o crea una memoria menor: python load_phi_engram.py --filas 64000"
+        )
+    for table in model.model.engram_tables.values():
+        if table.dtype != torch.float32:
+            table.weight = torch.nn.Parameter(unpack(table.weight.detach()).float())
 
 
 def main(argv=None):
@@ -840,7 +855,9 @@ def main(argv=None):
             lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
             "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
         )  # fmt: skip
-    model, tokenizer = open_model(args.modelo, dtype=torch.float32)
+    model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
+    writable_memory(model)
+    print(about_memory(model))
     if args.longitud > model.config.max_position_embeddings:
         raise UserError(f"--longitud {args.longitud}: el modelo llega a {model.config.max_position_embeddings} tokens.")
     if not args.datos and not args.dataset:

@@ -30,8 +30,18 @@ try:
     from safetensors import safe_open
     from transformers import AutoTokenizer, GenerationConfig, PhiConfig, PreTrainedTokenizerFast
 
-    from load_phi_engram import SpanishParser, UserError, gigabytes, graft_difference, open_model, run_script, spanish
-    from phi1_engram import PHI_1, PhiEngramConfig, PhiEngramForCausalLM, vocabulary_projection
+    from load_phi_engram import (
+        SpanishParser,
+        UserError,
+        about_memory,
+        add_memory_options,
+        gigabytes,
+        graft_difference,
+        open_model,
+        run_script,
+        spanish,
+    )
+    from phi1_engram import PHI_1, TABLE_FILE, PhiEngramConfig, PhiEngramForCausalLM, TableFile, vocabulary_projection
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -120,6 +130,9 @@ def check_memory_acts(model, ids):
     finally:
         for hook in hooks:
             hook.remove()
+    if model.memory_place == "disco" and not any(out.any() for out in added.values()):
+        note("Memoria sin entrenar y en disco, donde no se le pueden poner números de prueba. Usa: --memoria ram")
+        return None
     works = [i for i, out in added.items() if out.isfinite().all() and out.any()]
     return float(len(hooks) - len(works)), 0.0
 
@@ -192,7 +205,7 @@ def check_padding(model, ids):
 def check_saved(model, ids):
     """Saved to a temporary folder: every tensor read back, and the logits of a stranger who opens it. Both exact."""
     state = model.state_dict()
-    size = sum(tensor.nbytes for tensor in state.values())
+    size = model.n_bytes
     place = tempfile.gettempdir()
     if shutil.disk_usage(place).free < 1.1 * size:
         note(f"No se guarda: hacen falta {gigabytes(1.1 * size)} libres en {place} (cámbialo con la variable TMPDIR).")
@@ -200,12 +213,16 @@ def check_saved(model, ids):
     with tempfile.TemporaryDirectory(prefix="phi1-engram-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary, "guardado")
         model.save_pretrained(folder)
-        lost, worst = set(state), 0.0
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, "pt") as saved:
-                for name in saved.keys():
-                    worst = max(worst, difference(saved.get_tensor(name), state[name]) if name in state else math.inf)
-                    lost.discard(name)
+        lost, worst = {name for name in state if "engram_tables" not in name}, 0.0
+        with safe_open(folder / "model.safetensors", "pt") as saved:
+            for name in saved.keys():
+                worst = max(worst, difference(saved.get_tensor(name), state[name]) if name in state else math.inf)
+                lost.discard(name)
+        for layer_id, table in model.model.engram_tables.items():
+            file = folder / TABLE_FILE.format(layer_id)
+            saved = TableFile(file, f"model.engram_tables.{layer_id}.weight", table.n_rows, table.d_head)
+            for ours, theirs in zip(table.chunks(table.dtype), saved.chunks(), strict=True):
+                worst = max(worst, difference(theirs, ours))
         if model.config.tie_word_embeddings:
             lost.discard("lm_head.weight")
         if lost:
@@ -230,6 +247,9 @@ def check_saved(model, ids):
 
 def check_gradient(model, ids):
     """How many Engram tensors a training step would not reach: no gradient, all of it zero, or not finite."""
+    if not all(table.writable for table in model.model.engram_tables.values()):
+        note("Esta memoria solo se puede leer (está en disco o en int8). Se entrena con: python train_phi_engram.py")
+        return None
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if "engram" in name))
     tables = list(model.model.engram_tables.values())
     before = [p.requires_grad for p in parameters], [table.sparse_grad for table in tables]
@@ -289,7 +309,7 @@ def acting_memory(model):
     rows_at_once, filled = 2**18, []
     try:
         for name, parameter in model.named_parameters():
-            if "engram" not in name or parameter.ndim < 2:
+            if "engram" not in name or parameter.ndim < 2 or not parameter.is_floating_point():
                 continue
             generator = torch.Generator(parameter.device).manual_seed(SEED)
             for rows in parameter.data.split(rows_at_once):
@@ -456,7 +476,10 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--modelo", metavar="CARPETA_O_NOMBRE", help="comprueba este modelo: una carpeta, o usuario/nombre en el Hub"
     )
+    add_memory_options(parser)
     options = parser.parse_args(argv)
+    if not options.modelo and (options.memoria != "auto" or options.cambiar_memoria):
+        parser.error("--memoria y --cambiar-memoria son para un modelo guardado: dilo con --modelo.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -470,7 +493,10 @@ def main(argv=None) -> int:
             torch.set_num_threads(1)  # threads would spend longer waiting for each other than on so small a model
         if options.modelo:
             # float32, because only there is "the same" sharp; nothing is written into the folder.
-            model, tokenizer = open_model(options.modelo, dtype=torch.float32, device=device)
+            model, tokenizer = open_model(
+                options.modelo, torch.float32, device, options.memoria, options.cambiar_memoria
+            )
+            print(f"   {about_memory(model)}")
             label = options.modelo
         else:
             tokenizer, vocab_size = phi_1_tokenizer(), PhiConfig().vocab_size
@@ -483,7 +509,7 @@ def main(argv=None) -> int:
                 )
             model = small_model(tokenizer, vocab_size).to(device)
             label = "Pequeño, con pesos al azar"
-        millions = spanish(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+        millions = spanish(model.n_values / 1e6, 1)
         precision = str(model.dtype).removeprefix("torch.")
         print(
             f"   {label}: {millions} millones de parámetros, {model.config.vocab_size} tokens, memoria en las capas "

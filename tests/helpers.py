@@ -190,6 +190,13 @@ def phi_state_dict(model) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if "engram" not in name}
 
 
+def saved_tensors(folder) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whichever of its files it is in."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def save_phi(folder, tokenizer=None, seed: int = 0, **kw):
     """Save a tiny plain Phi checkpoint whose config.json has the fields and the nulls of microsoft/phi-1's."""
     folder = Path(folder)

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import helpers
 import train_phi_engram as train
@@ -282,7 +281,7 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
     resumed, _ = open_grafted(grafted)
     outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
     assert len(outcome["history"]) == 8 and len(outcome["results"]) == 3
-    weights = load_file(output / "model.safetensors")
+    weights = helpers.saved_tensors(output)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert not (tmp_path / "fuera-checkpoints").exists()
 
@@ -335,8 +334,8 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path):
     done = run(*options, "--reanudar", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Sigo desde la fase 1, paso \d+ de 40", done.stdout)
-    weights = load_file(tmp_path / "phi1-engram-trained" / "model.safetensors")
-    original = load_file(Path(grafted) / "model.safetensors")
+    weights = helpers.saved_tensors(tmp_path / "phi1-engram-trained")
+    original = helpers.saved_tensors(grafted)
     moved = [name for name in original if not torch.equal(original[name], weights[name])]
     assert any("engram_tables" in name for name in moved) and any("self_attn" in name for name in moved)
 

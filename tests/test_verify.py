@@ -229,13 +229,13 @@ def test_broken_on_purpose(capsys, monkeypatch, model, without_stranger, breaks,
 
 def test_saving_that_loses_or_changes_a_tensor(capsys, monkeypatch, model):
     save = phi1_engram.PhiEngramForCausalLM.save_pretrained
-    changes = {"lose": lambda tensors: tensors.pop("model.engram_hash.multipliers")}
-    changes["change"] = lambda tensors: tensors["model.engram_tables.2.weight"][7].add_(1e-6)
-    for change in changes.values():
+    changes = {"model.safetensors": lambda tensors: tensors.pop("model.engram_hash.multipliers")}
+    changes["model-engram-2.safetensors"] = lambda tensors: tensors["model.engram_tables.2.weight"][7].add_(1e-6)
+    for name, change in changes.items():
 
-        def save_badly(self, folder, *args, change=change, **kwargs):
+        def save_badly(self, folder, *args, name=name, change=change, **kwargs):
             save(self, folder, *args, **kwargs)
-            file = Path(folder) / "model.safetensors"
+            file = Path(folder) / name
             tensors = load_file(file)
             change(tensors)
             save_file(tensors, file, metadata={"format": "pt"})
