@@ -1,0 +1,511 @@
+"""Where rows live and in which precision: the same logits everywhere, and a clear word when a file goes bad."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import helpers
+import phi1_engram
+from hub import Hub
+from phi1_engram import PRECISIONS, PhiEngramForCausalLM, TableFile, pack, unpack
+
+PLACES = ["ram", "disco"] + ["gpu"] * torch.cuda.is_available()
+WAYS = {
+    "greedy": {}, "sampling": dict(do_sample=True, top_k=0), "beams": dict(num_beams=4, num_return_sequences=2),
+    "prompt lookup": dict(prompt_lookup_num_tokens=3), "static cache": dict(cache_implementation="static"),
+    "no cache": dict(use_cache=False),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, and {precision: folder} of it."""
+    model = helpers.make_model(attn="sdpa")
+    folders = {}
+    for precision in PRECISIONS:
+        folders[precision] = tmp_path_factory.mktemp(precision)
+        model.save_pretrained(folders[precision], engram_precision=precision)
+    return model, folders
+
+
+def opened(folder, place="auto", **kw):
+    return PhiEngramForCausalLM.from_pretrained(folder, engram_storage=place, **kw)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids.to(model.device)).logits.cpu()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same everywhere
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_logits_are_the_same_bits_in_every_place(saved, precision, dtype):
+    model, folders = saved
+    ids = helpers.random_ids(model, 2, 24)
+    there = {place: opened(folders[precision], place, dtype=dtype) for place in PLACES}
+    assert [model.memory_place for model in there.values()] == PLACES
+    expected = logits(there["ram"], ids)
+    for place, model in there.items():
+        assert torch.equal(logits(model, ids), expected), place
+        config = json.dumps(model.config.to_dict())
+        assert not any(word in config for word in ("disco", "storage", "place"))
+    assert any(table.weight is None for table in there["disco"].model.engram_tables.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_generating_reads_from_the_disk(saved, way):
+    model, folders = saved
+    ids, mask = helpers.left_padded([helpers.random_ids(model, 1, n, seed=n)[0] for n in (9, 4)])
+    if way == "prompt lookup":
+        ids, mask = ids[:1], mask[:1]
+    there = []
+    for place in PLACES:
+        model = opened(folders["float32"], place)
+        torch.manual_seed(3)
+        kw = dict(attention_mask=mask, max_new_tokens=12, pad_token_id=0, **{"do_sample": False, **WAYS[way]})
+        there.append(model.generate(ids, **kw))
+    assert all(torch.equal(tokens, there[0]) for tokens in there)
+
+
+def test_precisions_are_what_they_say(saved):
+    model, folders = saved
+    exact = model.model.engram_tables["1"].weight.detach()
+    for precision, dtype in PRECISIONS.items():
+        table = opened(folders[precision], "disco").model.engram_tables["1"]
+        rows = table(torch.arange(len(exact))[None, :, None])[0, :, 0].float()
+        assert table.dtype == dtype
+        if dtype == torch.int8:  # half a step, and the float32 rounding of x / scale
+            bound = exact.abs().amax(-1, keepdim=True) / 127 * 0.5001
+        else:  # half a unit in the last place of each number, plus what float16 cannot hold below 2**-24
+            bound = exact.abs() * torch.finfo(dtype).eps / 2 + 2.0**-25 * (dtype == torch.float16)
+        assert ((rows - exact).abs() <= bound).all()
+
+
+def test_int8_keeps_zero_rows_zero_and_its_scale_beside_them():
+    rows = torch.randn(50, 6)
+    rows[7] = 0
+    rows[8] = 1e-42  # below what float32 divides without loss
+    packed = pack(rows, torch.int8)
+    assert packed.shape == (50, 10) and packed.dtype == torch.int8
+    assert not unpack(packed)[7].any() and unpack(packed).isfinite().all()
+    assert torch.equal(unpack(packed[None, 3:5])[0], unpack(packed)[3:5])
+    assert torch.equal(pack(unpack(packed), torch.int8)[:, :6], packed[:, :6])  # packing twice loses nothing more
+
+
+def test_rows_that_the_model_cannot_use_are_narrowed_and_others_kept(saved):
+    _, folders = saved
+    kind = {}
+    for precision in PRECISIONS:
+        model = opened(folders[precision], "ram", dtype=torch.float16)
+        kind[precision] = next(iter(model.model.engram_tables.values())).dtype
+    expected = {**PRECISIONS, "float32": torch.float16}
+    assert kind == expected
+
+
+def test_moved_at_run_time(saved):
+    model, folders = saved
+    ids = helpers.random_ids(model, 1, 12)
+    model = opened(folders["int8"])
+    assert model.memory_place == ("gpu" if torch.cuda.is_available() else "ram") and "ocupa" in model.memory_reason
+    expected = logits(model, ids)
+    for place in ("disco", "ram", "disco", "auto"):
+        model.move_memory(place)
+        assert torch.equal(logits(model, ids), expected)
+    model = opened(folders["float32"], "ram")
+    with torch.no_grad():
+        model.model.engram_tables["1"].weight[0] += 1  # the file does not have this
+    with pytest.raises(ValueError, match="han cambiado desde que se leyeron"):
+        model.move_memory("disco")
+    assert model.memory_place == "ram"
+
+
+def test_places_that_cannot_be(saved, make_model, monkeypatch):
+    _, folders = saved
+    with pytest.raises(ValueError, match="elige entre auto, gpu, ram, disco"):
+        opened(folders["float32"], "disk")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no hay ninguna"):
+        opened(folders["float32"], "gpu")
+    with pytest.raises(ValueError, match="Guarda antes el modelo"):
+        make_model().move_memory("disco")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "ram"])
+def test_too_little_ram_falls_back_to_the_disk_and_says_so(saved, monkeypatch, wanted, caplog):
+    _, folders = saved
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(phi1_engram, "free_ram", lambda: 50_000)
+    warnings = []
+    monkeypatch.setattr(phi1_engram.logger, "warning", warnings.append)
+    model = opened(folders["float32"], wanted)
+    assert model.memory_place == "disco" and "solo hay" in model.memory_reason
+    assert (wanted == "ram") == any("se lee del disco" in text for text in warnings)
+
+
+def test_auto_classes_and_copies(saved):
+    model, folders = saved
+    ids = helpers.random_ids(model, 1, 9)
+    there = AutoModelForCausalLM.from_pretrained(folders["float32"], engram_storage="disco")
+    assert there.memory_place == "disco"
+    assert torch.equal(logits(there, ids), logits(model, ids))
+    assert torch.equal(logits(copy.deepcopy(there), ids), logits(model, ids))
+
+
+def test_compiled_from_ram_and_said_of_the_disk(saved):
+    model, folders = saved
+    ids = helpers.random_ids(model, 1, 9)
+    with torch.no_grad():
+        whole = torch.compile(opened(folders["float32"], "ram"), fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(ids).logits, logits(model, ids), rtol=0, atol=1e-5)  # float32, other fusions
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="torch.compile las quiere en 'gpu'"):
+            torch.compile(opened(folders["float32"], "disco"), fullgraph=True, backend="eager")(ids)
+        torch.compiler.reset()
+        parts = torch.compile(opened(folders["float32"], "disco"), backend="eager")
+        torch.testing.assert_close(parts(ids).logits, logits(model, ids), rtol=0, atol=1e-5)
+
+
+def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monkeypatch):
+    import threading
+
+    model, folders = saved
+    model = opened(folders["float32"], "disco")
+    seen, read = [], TableFile.read
+
+    def watch(self, row_ids):
+        seen.append((threading.current_thread().name, sorted(row_ids.tolist())))
+        return read(self, row_ids)
+
+    monkeypatch.setattr(TableFile, "read", watch)
+    ids = torch.tensor([[5, 6, 5, 6, 5, 6, 5, 6]])
+    logits(model, ids)
+    indices = model.model.ngram_indices(ids)
+    offsets = dict(zip(indices, model.model.engram_hash.offsets))
+    assert len(seen) == 2
+    for (thread, rows), layer in zip(seen, (1, 2)):
+        assert thread.startswith("engram") and rows == (indices[layer] + offsets[layer]).unique().tolist()
+    for table in model.model.engram_tables.values():
+        table.prefetches = False
+    seen.clear()
+    logits(model, ids)
+    assert all(thread == "MainThread" for thread, _ in seen) and len(seen) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_table_files_are_plain_safetensors_that_begin_on_a_page(saved):
+    model, folders = saved
+    for precision, dtype in PRECISIONS.items():
+        file = folders[precision] / "model-engram-2.safetensors"
+        rows = load_file(file)["model.engram_tables.2.weight"]
+        assert rows.dtype == dtype and (file.stat().st_size - rows.nbytes) == 4096
+    assert torch.equal(load_file(folders["float32"] / file.name)["model.engram_tables.2.weight"],
+                       model.model.engram_tables["2"].weight)  # fmt: skip
+    with safe_open(folders["float32"] / "model.safetensors", "pt") as backbone:
+        assert not [name for name in backbone.keys() if "engram_tables" in name]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tables_among_the_other_tensors_are_found(saved, tmp_path, sharded):
+    """As another tool writes them: one file of everything, or shards with their index."""
+    model, folders = saved
+    tensors = helpers.saved_tensors(folders["float32"])
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(folders["float32"] / name, tmp_path)
+    if sharded:
+        names = sorted(tensors)
+        parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({name: tensors[name] for name in part}, tmp_path / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = helpers.random_ids(model, 1, 9)
+    for place in PLACES:
+        assert torch.equal(logits(opened(tmp_path, place), ids), logits(model, ids))
+
+
+def test_saving_over_the_folder_that_is_being_read(saved, tmp_path):
+    model, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    ids = helpers.random_ids(model, 1, 9)
+    there = opened(tmp_path / "it", "disco")
+    there.save_pretrained(tmp_path / "it")
+    assert torch.equal(logits(there, ids), logits(model, ids))
+    assert torch.equal(logits(opened(tmp_path / "it", "disco"), ids), logits(model, ids))
+    assert not list((tmp_path / "it").glob("*.tmp"))
+
+
+def test_a_save_that_fails_leaves_the_earlier_file(saved, tmp_path, monkeypatch):
+    model, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    before = (tmp_path / "it" / "model-engram-1.safetensors").read_bytes()
+
+    def broken(self, dtype):
+        yield torch.zeros(3, 4)
+        raise OSError("no space")
+
+    monkeypatch.setattr(phi1_engram.EngramTable, "chunks", broken)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "it")
+    assert (tmp_path / "it" / "model-engram-1.safetensors").read_bytes() == before
+    assert not list((tmp_path / "it").glob("*.tmp"))
+
+
+def _truncate(file):
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def _garble_header(file):
+    with open(file, "r+b") as handle:
+        handle.seek(8)
+        handle.write(b"{{{{")
+
+
+def _zero_rows(file):
+    size = file.stat().st_size
+    with open(file, "r+b") as handle:  # as a download that was given its size and never its content
+        handle.seek(4096)
+        handle.write(bytes(size - 4096))
+
+
+def _other_layer(file):
+    shutil.copy(file.with_name("model-engram-2.safetensors"), file)
+
+
+def _other_training(file):
+    helpers.make_model(seed=9).save_pretrained(file.parent / "other")
+    shutil.copy(file.parent / "other" / file.name, file)
+
+
+BREAKAGES = {
+    _truncate: "está a medias", _garble_header: "cabecera", _zero_rows: "no son las que se guardaron",
+    _other_layer: "cabecera", _other_training: "no son las que se guardaron con este modelo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bad_file_is_found_when_it_is_opened(saved, tmp_path, breakage, place):
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    breakage(tmp_path / "it" / "model-engram-1.safetensors")
+    with pytest.raises(OSError, match=BREAKAGES[breakage]):
+        opened(tmp_path / "it", place)
+
+
+def test_a_file_of_another_shape_is_refused(saved, tmp_path):
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    config = json.loads((tmp_path / "it" / "config.json").read_text())
+    (tmp_path / "it" / "config.json").write_text(json.dumps({**config, "engram_vocab_size": [211, 401]}))
+    with pytest.raises(OSError, match="debe ser de"):
+        opened(tmp_path / "it")
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_file_that_is_cut_while_open_is_an_error_and_no_dead_process(saved, tmp_path, length):
+    model, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    there = opened(tmp_path / "it", "disco")
+    ids = helpers.random_ids(model, 1, length)
+    logits(there, ids)
+    os.truncate(tmp_path / "it" / "model-engram-1.safetensors", 5000)
+    with pytest.raises(OSError, match="se ha cortado mientras estaba abierto"):
+        logits(there, ids)
+
+
+def test_a_checkpoint_without_its_table_says_which_is_missing(saved, tmp_path):
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    (tmp_path / "it" / "model-engram-2.safetensors").unlink()
+    model, info = opened(tmp_path / "it", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.engram_tables.2.weight"}
+    assert not model.model.engram_tables["2"].weight.any()
+
+
+def test_what_only_reads_cannot_be_trained(saved):
+    model, folders = saved
+    ids = helpers.random_ids(model, 1, 9)
+    for place, precision in (("disco", "float32"), ("ram", "int8")):
+        model = opened(folders[precision], place).train()
+        with pytest.raises(ValueError, match="solo se puede leer"):
+            model(ids, labels=ids)
+        for name, parameter in model.named_parameters():  # LoRA and the like train the backbone beside it
+            parameter.requires_grad_("self_attn" in name)
+        model(ids, labels=ids).loss.backward()
+        assert model.model.layers[3].self_attn.q_proj.weight.grad.any()
+
+
+def test_opening_a_large_table_reads_next_to_nothing(saved, tmp_path):
+    """Tables of 0.5 GB in all, in a process of its own: what it holds beyond an empty one."""
+    config = helpers.make_config(engram_vocab_size=[2**19, 2**19], n_embed_per_ngram=64)
+    model = PhiEngramForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model-engram-1.safetensors").stat().st_size > 2.5e8
+    code = (
+        "import re, sys\nfrom phi1_engram import PhiEngramForCausalLM\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
+        "before = peak()\nmodel = PhiEngramForCausalLM.from_pretrained(sys.argv[1], engram_storage='disco')\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(phi1_engram.__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 100  # MB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memories that travel
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(make_model):
+    """Two memories of different training on one backbone, some rows trained."""
+    first = make_model(attn="sdpa")
+    second = copy.deepcopy(first)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for model, rows in ((first, slice(0, 300)), (second, slice(200, 900))):
+            for table in model.model.engram_tables.values():
+                kept = torch.randn(table.weight[rows].shape, generator=generator)
+                table.weight.zero_()[rows] = kept
+            for parameter in model.model.layers[1].engram.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return first, second
+
+
+def test_memories_are_swapped_on_one_backbone(trained, tmp_path):
+    first, second = trained
+    ids = helpers.random_ids(first, 2, 30)
+    expected = logits(first, ids), logits(second, ids)
+    first.save_memory(tmp_path / "first"), second.save_memory(tmp_path / "second")
+    first.load_memory(tmp_path / "second")
+    assert torch.equal(logits(first, ids), expected[1])
+    first.load_memory(tmp_path / "first")
+    assert torch.equal(logits(first, ids), expected[0])
+    first.remove_memory()
+    without = logits(first, ids)
+    first.model.use_memory = False
+    assert torch.equal(logits(first, ids), without)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_from_any_place_and_precision(trained, tmp_path, precision, dtype):
+    first, second = trained
+    ids = helpers.random_ids(first, 1, 20)
+    first.save_pretrained(tmp_path / "first", engram_precision=precision)
+    second.save_pretrained(tmp_path / "second", engram_precision=precision)
+    there = {name: opened(tmp_path / name, "disco", dtype=dtype) for name in ("first", "second")}
+    expected = logits(there["second"], ids)
+    there["second"].save_memory(tmp_path / "memory")
+    there["first"].load_memory(tmp_path / "memory")
+    assert torch.equal(logits(there["first"], ids), expected) and there["first"].memory_place == "ram"
+
+
+def test_the_file_follows_the_rows_trained(make_model, tmp_path):
+    sizes = []
+    for slots in ([211, 307], [20011, 30011]):
+        model = make_model(engram_vocab_size=slots)
+        with torch.no_grad():
+            for table in model.model.engram_tables.values():
+                table.weight[50:] = 0
+        model.save_memory(tmp_path)
+        sizes.append((tmp_path / "engram_memory.safetensors").stat().st_size)
+        with safe_open(tmp_path / "engram_memory.safetensors", "pt") as file:
+            assert file.get_tensor("1.rows").shape == (50, 4)
+            assert not [name for name in file.keys() if "self_attn" in name or "embed_tokens" in name]
+    assert abs(sizes[0] - sizes[1]) < 100
+
+
+def _other_backbone(model):
+    with torch.no_grad():
+        model.model.layers[3].mlp.fc1.weight.neg_()
+
+
+def _other_projection(model):
+    model.model.engram_hash.token_map[5] = 4
+
+
+def _other_hash(model):
+    model.model.engram_hash.multipliers[0, 0] += 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(_other_backbone, "sobre otro Phi"), (_other_projection, "proyección"), (_other_hash, "otra forma de memoria")],
+)
+def test_a_memory_of_another_model_is_refused_and_nothing_changes(trained, tmp_path, change, reason):
+    first, second = trained
+    second.save_memory(tmp_path)
+    change(first)
+    ids = helpers.random_ids(first, 1, 20)
+    before = logits(first, ids)
+    with pytest.raises(ValueError, match=reason):
+        first.load_memory(tmp_path)
+    assert torch.equal(logits(first, ids), before)
+
+
+def test_fingerprints_are_the_same_in_every_precision(trained, tmp_path):
+    first, _ = trained
+    first.save_pretrained(tmp_path)
+    expected = first.fingerprints()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert opened(tmp_path, dtype=dtype).fingerprints() == expected
+    with torch.no_grad():  # one step of training is another backbone
+        for parameter in first.model.layers[0].parameters():
+            parameter.sub_(1e-3 * torch.randn_like(parameter))
+    assert first.fingerprints()["backbone"] != expected["backbone"]
+
+
+HUB_TRIP = """
+import sys, torch
+from huggingface_hub import HfApi
+from phi1_engram import PhiEngramForCausalLM
+folder, memory, ids, logits = sys.argv[1:]
+HfApi().create_repo("usuario/memoria", private=True)
+HfApi().upload_folder(repo_id="usuario/memoria", folder_path=memory)
+model = PhiEngramForCausalLM.from_pretrained(folder, engram_storage="disco")
+model.load_memory("usuario/memoria")
+with torch.no_grad():
+    torch.save(model(torch.load(ids)).logits, logits)
+"""
+
+
+def test_memory_goes_to_the_hub_and_comes_back(trained, tmp_path):
+    first, second = trained
+    ids = helpers.random_ids(first, 1, 20)
+    first.save_pretrained(tmp_path / "first"), second.save_memory(tmp_path / "memory")
+    torch.save(ids, tmp_path / "ids.pt")
+    with Hub() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_TRIP, *(tmp_path / name for name in ("first", "memory", "ids.pt", "logits.pt"))],
+            env=hub.environment(tmp_path / "home", hub.token, PYTHONPATH=str(Path(phi1_engram.__file__).parent)),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "engram_memory.safetensors" in hub.repos["usuario/memoria"] and hub.private["usuario/memoria"]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(second, ids), rtol=0, atol=1e-5)
