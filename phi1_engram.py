@@ -443,15 +443,17 @@ class TableFile:
         return OSError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
 
     def _at(self, offset: int, size: int) -> bytearray:
-        self.file.seek(offset)
         data = bytearray(size)
-        view = memoryview(data)
+        self._into(memoryview(data), offset)
+        return data
+
+    def _into(self, view: memoryview, offset: int):
+        self.file.seek(offset)
         while view:
             count = self.file.readinto(view)
             if not count:
                 raise self._bad("se corta antes de tiempo")
             view = view[count:]
-        return data
 
     def read(self, row_ids: np.ndarray) -> torch.Tensor:
         """int64 [n] -> rows as stored [n, row_width]."""
@@ -468,6 +470,12 @@ class TableFile:
         if len(data) != len(offsets) * size:
             raise self._bad("se ha cortado mientras estaba abierto")
         return torch.frombuffer(data, dtype=self.dtype).view(len(offsets), self.width)
+
+    def all(self) -> torch.Tensor:
+        """All rows as stored [n_rows, row_width], in memory."""
+        rows = torch.empty(self.n_rows, self.width, dtype=self.dtype)
+        self._into(memoryview(rows.view(-1).view(torch.uint8).numpy()), self.start)
+        return rows
 
     def chunks(self) -> Iterable[torch.Tensor]:
         """All rows as stored, some [n, row_width] at a time."""
@@ -555,14 +563,15 @@ class EngramTable(nn.Module):
 
     def hold(self, dtype: torch.dtype):
         """Read all rows of the file into memory, in precision `dtype`."""
-        file = self.file
-        weight = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype)
-        first = 0
-        for rows in file.chunks():
-            weight[first : first + len(rows)] = rows if dtype == rows.dtype else pack(unpack(rows), dtype)
-            first += len(rows)
+        if dtype == self.file.dtype:
+            weight = self.file.all()
+        else:
+            weight, first = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype), 0
+            for rows in self.file.chunks():
+                weight[first : first + len(rows)] = pack(unpack(rows), dtype)
+                first += len(rows)
         self.weight = nn.Parameter(weight, requires_grad=dtype.is_floating_point)
-        self._unchanged = self.weight._version if dtype == file.dtype else None
+        self._unchanged = self.weight._version if dtype == self.file.dtype else None
 
     def settle(self, place: str):
         """Put the rows in "gpu", "ram" or "disco".

@@ -1,16 +1,23 @@
 """Speed beside transformers' own Phi of the same shape, in the same run.
 
-    python tests/bench_engram.py                # hidden 512 x 8 layers, Engram at 1 and 4: about five minutes
-    python tests/bench_engram.py --rapido       # fewer repetitions: about two minutes
+    python tests/bench_engram.py                # hidden 512 x 8 layers, every place and precision: about ten minutes
+    python tests/bench_engram.py --rapido       # two places, fewer repetitions: about two minutes
+    python tests/bench_engram.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
+    python tests/bench_engram.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
     python tests/bench_engram.py --json medidas.json
 
-Each measurement alternates plain Phi and Phi with memory, so that what else the machine does falls on both; what is
-printed are medians, and the ratio is the median of the ratios of neighbouring pairs. Tables are warm and in float32.
+Each repetition measures plain Phi and every variant, one after the other, so that what else the machine does falls on
+all. What is printed are medians; a ratio is the median of the ratios within a repetition. Tokens are drawn at random,
+which is the worst case: every n-gram is new. "Slots" are table rows per layer, all heads together.
 """
 
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,63 +26,270 @@ import transformers
 from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from load_phi_engram import SpanishParser, run_script  # noqa: E402
-from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
+from load_phi_engram import SpanishParser, gigabytes, run_script, spanish  # noqa: E402
+from phi1_engram import TABLE_FILE, PhiEngramConfig, PhiEngramForCausalLM, pack, write_table  # noqa: E402
 
-SHAPE = dict(
+SMALL = dict(
     vocab_size=51200, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
     eos_token_id=50256,
 )  # fmt: skip
-MEMORY = dict(
-    engram_layer_ids=[1, 4], n_embed_per_ngram=512, n_head_per_ngram=8, engram_vocab_size=[256000, 256000],
-    engram_tokenizer_compression=False,
-)  # fmt: skip
+PLACES = ("ram", "disco")
+PHI_1 = dict(vocab_size=51200, eos_token_id=50256)  # PhiConfig's defaults are its shape
+MEMORY = dict(n_embed_per_ngram=512, n_head_per_ngram=8, engram_tokenizer_compression=False)
+ROWS = 256_000  # per head: 4.1 million slots
 DECODED = 32  # tokens per decoding measurement
+# Opens a checkpoint as a new process does, and tells seconds, peak and resident memory beyond the libraries'.
+OPENER = """
+import re, sys, time
+import torch, transformers, phi1_engram
+from pathlib import Path
+transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before, start = kilobytes("VmRSS"), time.perf_counter()
+if sys.argv[2] == "plain":
+    model = transformers.PhiForCausalLM.from_pretrained(sys.argv[1])
+else:
+    model = phi1_engram.PhiEngramForCausalLM.from_pretrained(sys.argv[1], engram_storage=sys.argv[2])
+seconds = time.perf_counter() - start
+print(seconds, (kilobytes("VmHWM") - before) / 1e3, (kilobytes("VmRSS") - before) / 1e3)
+"""
 
 
-def pair():
-    """Plain Phi, and the same weights with a memory whose rows are all filled."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pair(shape: dict, layers: list[int]):
+    """Plain Phi, and the same weights with a memory that has no rows yet."""
     torch.manual_seed(0)
-    plain = PhiForCausalLM(PhiConfig(**SHAPE)).eval()
-    ours = PhiEngramForCausalLM(PhiEngramConfig(**SHAPE, **MEMORY)).eval()
+    plain = PhiForCausalLM(PhiConfig(**shape)).eval()
+    config = PhiEngramConfig(**shape, **MEMORY, engram_layer_ids=layers, engram_vocab_size=[ROWS, ROWS])
+    ours = PhiEngramForCausalLM(config, empty_tables=True).eval()
     ours.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if "engram_tables" in name or "engram.conv.weight" in name:
+            if "engram.conv.weight" in name:
                 parameter.normal_(0, 0.02)
     return plain, ours
 
 
+def save(model, folder, rows: int, dtype: torch.dtype):
+    """A checkpoint with every row filled, `rows` per head, written a part at a time."""
+    config = PhiEngramConfig.from_dict({**model.config.to_dict(), "engram_vocab_size": [rows, rows]})
+    other = PhiEngramForCausalLM(config, empty_tables=True)
+    hashed = {name for name in model.state_dict() if "engram_hash" in name}
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if k not in hashed}, strict=False)
+    super(PhiEngramForCausalLM, other).save_pretrained(folder)
+    for layer_id, table in other.model.engram_tables.items():
+        # One block of numbers, again and again: what is measured does not look at them.
+        block = pack(torch.randn(2**17, table.d_head) * 0.02, dtype)
+        chunks = (block[: min(2**17, table.n_rows - first)] for first in range(0, table.n_rows, 2**17))
+        key, mate = f"model.engram_tables.{layer_id}.weight", other._mate(layer_id)
+        path = Path(folder, TABLE_FILE.format(layer_id))
+        write_table(path, key, chunks, dtype, table.n_rows, table.d_head, mate)
+
+
+class Variant:
+    """The memory in one place and precision; the backbone is shared."""
+
+    def __init__(self, ours, folder, place, prefetch=True):
+        opened = PhiEngramForCausalLM.from_pretrained(folder, engram_storage=place)
+        self.ours, self.hash, self.tables = ours, opened.model.engram_hash, opened.model.engram_tables
+        for table in self.tables.values():
+            table.prefetches = prefetch
+
+    def __call__(self):
+        self.ours.model.engram_hash, self.ours.model.engram_tables = self.hash, self.tables
+        self.ours.model.use_memory = True
+        return self.ours
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurements: seconds
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
 def prefill(model, batch: int, length: int) -> float:
-    """Seconds for one forward pass over fresh tokens, last logits only as in `generate`."""
-    ids = torch.randint(0, SHAPE["vocab_size"], (batch, length))
+    """One forward pass over fresh tokens, last logits only as in `generate`."""
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
     start = time.perf_counter()
     model(ids, use_cache=True, logits_to_keep=1)
     return time.perf_counter() - start
 
 
 @torch.inference_mode()
-def decode(model, batch: int, context: int = 64) -> float:
-    """Seconds per token of plain greedy decoding after a short prompt."""
+def decode(model, batch: int, tokens: int = DECODED) -> float:
+    """Per token, after a prompt of 64: the next token is drawn at random, so that rows are new ones."""
     cache = DynamicCache(config=model.config)
-    ids = torch.randint(0, SHAPE["vocab_size"], (batch, context))
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    ids = torch.randint(0, model.config.vocab_size, (batch, 64 + tokens))
+    model(ids[:, :64], past_key_values=cache, logits_to_keep=1)
     start = time.perf_counter()
-    for _ in range(DECODED):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    return (time.perf_counter() - start) / DECODED
+    for i in range(64, 64 + tokens):
+        model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1:].argmax(-1)
+    return (time.perf_counter() - start) / tokens
 
 
-def compare(measure, plain, ours, repetitions: int, *arguments) -> dict:
-    for model in (plain, ours):
-        measure(model, *arguments)
-    times = [(measure(plain, *arguments), measure(ours, *arguments)) for _ in range(repetitions)]
-    ratios = [b / a for a, b in times]
-    return dict(
-        plain=statistics.median(a for a, _ in times), engram=statistics.median(b for _, b in times),
-        ratio=statistics.median(ratios), ratios=sorted(ratios),
+def compare(measure, models: dict, repetitions: int, *arguments) -> dict:
+    """{name: {"seconds", "ratio", "quartiles"}}; the first of `models` is what the others are compared with."""
+    times = {name: [] for name in models}
+    for _ in range(repetitions + 1):  # the first warms up
+        for name, model in models.items():
+            times[name].append(measure(model(), *arguments))
+    first, rows = next(iter(times.values()))[1:], {}
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values[1:], first)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows[name] = dict(seconds=statistics.median(values[1:]), ratio=quartiles[1], quartiles=quartiles[::2])
+    return rows
+
+
+def table(title: str, results: dict):
+    """Print {measurement: {variant: row}} with a line per variant."""
+    names = list(next(iter(results.values())))
+    print(f"\n{title}\n\n| | " + " | ".join(results) + " |\n|" + " --- |" * (len(results) + 1))
+    for name in names:
+        cells = []
+        for measurement, rows in results.items():
+            row = rows[name]
+            speed = f"{spanish(row['seconds'] * 1e3, 1)} ms"
+            if "prefill" in measurement:
+                batch, length = map(int, re.findall(r"\d+", measurement))
+                speed = f"{spanish(batch * length / row['seconds'])} tokens/s"
+            low, high = (spanish(ratio, 2) for ratio in row["quartiles"])
+            cells.append(speed if name == names[0] else f"{speed}, **{spanish(row['ratio'], 3)}** ({low}–{high})")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def opening(folder, place: str, repetitions: int = 3) -> dict:
+    """Medians of a new process that opens `folder`, whose files are warm: seconds, and MB of memory."""
+    here = str(Path(__file__).resolve().parent.parent)
+    runs = []
+    for _ in range(repetitions):
+        done = subprocess.run(
+            [sys.executable, "-c", OPENER, str(folder), place], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": here},
+        )  # fmt: skip
+        runs.append([float(value) for value in done.stdout.split()[-3:]])
+    seconds, peak, resident = (statistics.median(values) for values in zip(*runs))
+    return dict(seconds=seconds, peak=peak, resident=resident)
+
+
+def reading(folder) -> float:
+    """Seconds that it takes just to read the tables' bytes into memory."""
+    start = time.perf_counter()
+    for path in Path(folder).glob("model-engram-*.safetensors"):
+        with open(path, "rb", buffering=0) as file:
+            data = memoryview(bytearray(path.stat().st_size))
+            while data:
+                data = data[file.readinto(data) :]
+    return time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def small(results, work, quick):
+    plain, ours = pair(SMALL, [1, 4])
+    precisions = ["float32"] if quick else ["float32", "float16", "bfloat16", "int8"]
+    print("Escribiendo las tablas …", flush=True)
+    for precision in precisions:
+        save(ours, work / precision, ROWS, getattr(torch, precision))
+    plain.save_pretrained(work / "plain")
+
+    def off():
+        ours.model.use_memory = False
+        return ours
+
+    places = {f"{place}, {name}": Variant(ours, work / name, place) for name in precisions for place in PLACES}
+    last = precisions[-1]
+    places[f"disco, {last}, sin adelantar la lectura"] = Variant(ours, work / last, "disco", prefetch=False)
+    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, **places}
+    repetitions = 7 if quick else 15
+    measured = results["512x8"] = {}
+    for name, measure, arguments in (
+        ("prefill 1×512", prefill, (1, 512)), ("prefill 4×512", prefill, (4, 512)),
+        ("decodificar, lote 1", decode, (1,)), ("decodificar, lote 8", decode, (8,)),
+    ):  # fmt: skip
+        measured[name] = compare(measure, models, repetitions, *arguments)
+    table("512 × 8 capas, memoria en 1 y 4, 4,1 millones de filas por capa; entre paréntesis, cuartiles", measured)
+
+    print("\n| abrir | segundos | más que Phi y leer los bytes | memoria máxima | memoria después |")
+    print("| --- | --- | --- | --- | --- |")
+    rows = results["abrir"] = {"Phi de transformers": opening(work / "plain", "plain")}
+    for name in precisions:
+        read = reading(work / name)
+        for place in PLACES:
+            row = rows[f"{place}, {name}"] = opening(work / name, place)
+            row["beyond"] = row["seconds"] - rows["Phi de transformers"]["seconds"] - read * (place != "disco")
+    for name, row in rows.items():
+        beyond = f"{spanish(row['beyond'], 2)} s" if "beyond" in row else ""
+        size = " | ".join(f"{spanish(row[key])} MB" for key in ("peak", "resident"))
+        print(f"| {name} | {spanish(row['seconds'], 2)} s | {beyond} | {size} |", flush=True)
+    if not quick:
+        by_slots(results, work, ours, repetitions)
+
+
+def by_slots(results, work, ours, repetitions):
+    """Decoding with tables of different sizes, against the smallest."""
+    sizes = [260_000, 2_600_000, 26_000_000]
+    for size in sizes:
+        save(ours, work / f"slots-{size}", size // 16, torch.int8)
+    measured = results["slots"] = {}
+    for place in PLACES:
+        models = {f"{size:.1e} filas": Variant(ours, work / f"slots-{size}", place) for size in sizes}
+        measured[f"{place}, int8, decodificar, lote 1"] = compare(decode, models, 2 * repetitions, 1)
+    table("Según el tamaño de la tabla (filas por capa)", measured)
+
+
+def phi_1(results, work, quick):
+    plain, ours = pair(PHI_1, [1, 15])
+    print("Escribiendo la tabla …", flush=True)
+    save(ours, work / "phi1", ROWS, torch.float16)
+    variant = Variant(ours, work / "phi1", "auto")
+
+    def off():
+        ours.model.use_memory = False
+        return ours
+
+    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, "auto, float16": variant}
+    measured = results["phi-1"] = {
+        "prefill 1×256": compare(prefill, models, 3 if quick else 9, 1, 256),
+        "decodificar, lote 1": compare(lambda model: decode(model, 1, 4), models, 3 if quick else 9),
+    }
+    table("La forma de Phi-1 (1.400 millones, float32), memoria en 1 y 15; entre paréntesis, cuartiles", measured)
+
+
+def giant(results, work, quick):
+    """2.6e8 slots, int8: 17.7 GB per layer, more than the RAM keeps of it."""
+    plain, ours = pair(SMALL, [1, 4])
+    print("Escribiendo 35 GB …", flush=True)
+    save(ours, work / "giant", 260_000_000 // 16, torch.int8)
+    plain.save_pretrained(work / "plain")
+    alone, row = opening(work / "plain", "plain"), opening(work / "giant", "disco")
+    size = sum(path.stat().st_size for path in (work / "giant").glob("model-engram-*"))
+    row["beyond"], row["bytes"] = row["seconds"] - alone["seconds"], size
+    print(
+        f"Abrir {gigabytes(size)}: {spanish(row['seconds'], 2)} s, {spanish(row['beyond'], 2)} s más que Phi solo; "
+        f"memoria {spanish(row['resident'] - alone['resident'])} MB más que Phi solo.", flush=True
     )  # fmt: skip
+    results["giant"] = {"abrir": row}
+    giant = {name: Variant(ours, work / "giant", "disco", name == "adelantando la lectura")
+             for name in ("sin adelantar la lectura", "adelantando la lectura")}  # fmt: skip
+    for path in (work / "giant").glob("model-engram-*"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    models = {"Phi de transformers": lambda: plain, **giant}
+    for name, measure, arguments in (
+        ("prefill 1×512", prefill, (1, 512)), ("decodificar, lote 1", decode, (1,)),
+    ):  # fmt: skip
+        results["giant"][name] = compare(measure, models, 9, *arguments)
+    cold = {name: rows for name, rows in results["giant"].items() if name != "abrir"}
+    table("2,6e8 filas por capa, int8, en disco y frías", cold)
 
 
 def main(argv=None):
@@ -83,30 +297,20 @@ def main(argv=None):
         description="Velocidad de Phi con memoria frente al Phi de transformers, en la misma ejecución.",
         epilog="Ejemplo: python tests/bench_engram.py --rapido --json medidas.json",
     )
-    parser.add_argument("--rapido", action="store_true", help="menos repeticiones: unos dos minutos")
+    parser.add_argument("--rapido", action="store_true", help="menos variantes y repeticiones: unos dos minutos")
+    parser.add_argument("--phi1", action="store_true", help="la forma de Phi-1 en vez de 512 × 8: unos 12 GB de RAM")
+    parser.add_argument("--gigante", action="store_true", help="una tabla de 35 GB en disco, leída en frío")
+    parser.add_argument("--carpeta", help="dónde escribir las tablas (por defecto, la temporal del sistema)")
     parser.add_argument("--json", metavar="ARCHIVO", help="guardar también las medidas")
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    repetitions = 7 if options.rapido else 21
-    plain, ours = pair()
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos. Float32,"
-        f" 512 × 8 capas, memoria en 1 y 4, {MEMORY['engram_vocab_size'][0]:,} filas por cabeza; {repetitions} pares\n"
-    )
-    results = {}
-    print("| medida | Phi | con Engram | razón | razones, del 1.º al 3.er cuartil |\n| --- | --- | --- | --- | --- |")
-    for name, measure, arguments in (
-        ("prefill 1×512", prefill, (1, 512)),
-        ("prefill 4×512", prefill, (4, 512)),
-        ("decodificar, lote 1", decode, (1,)),
-        ("decodificar, lote 8", decode, (8,)),
-    ):
-        row = results[name] = compare(measure, plain, ours, repetitions, *arguments)
-        low, _, high = statistics.quantiles(row["ratios"], n=4)
-        print(
-            f"| {name} | {row['plain'] * 1e3:.1f} ms | {row['engram'] * 1e3:.1f} ms | {row['ratio']:.3f} "
-            f"| {low:.3f}–{high:.3f} |", flush=True
-        )  # fmt: skip
+    transformers.logging.disable_progress_bar()
+    machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} hilos"
+    print(f"{machine}; float32.", flush=True)
+    results = {"machine": machine}
+    with tempfile.TemporaryDirectory(dir=options.carpeta) as work:
+        run = phi_1 if options.phi1 else giant if options.gigante else small
+        run(results, Path(work), options.rapido)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
