@@ -37,7 +37,7 @@ YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
 OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
-ESCAPE = "Si una pregunta empieza como una orden, ponle delante ¿ o escríbela entre comillas."
+ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
 ADVICE = (
     "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
     "«código» y dale el principio de una función para que la complete."
@@ -477,7 +477,9 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
 
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  (arrow keys in input)
+            import readline  # arrow keys in input
+
+            readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
         say(CODE_MODE if code else "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
     while True:
         text = None

@@ -589,14 +589,16 @@ def test_each_piece_has_its_token(monkeypatch, model, tokenizer, says):
 
 
 def test_a_narrow_terminal_without_colour(folder):
-    terminal = Terminal("--modelo", str(folder), "--semilla", "3", "--max-tokens", "120", columns=40, NO_COLOR="1")
+    terminal = Terminal(
+        "--modelo", str(folder), "--semilla", "3", "--max-tokens", "120", columns=40, NO_COLOR="1", LC_ALL="C"
+    )
     terminal.read_to("👤 Tú: ")
     assert "Temperatura: 0,9" in terminal.ask("temperatura 0.9")
     terminal.write("comparar hola\n")
     terminal.read_to("Respondiendo dos veces")
     terminal.write("\x03")
     assert "Respuesta cortada" in terminal.read_to("👤 Tú: ")
-    said = terminal.ask("hola").removeprefix("🤖 Phi-Engram: ").strip()
+    said = terminal.ask("¿qué?").removeprefix("🤖 Phi-Engram: ").strip()  # no command of readline's, in any locale
     seen = terminal.ask("memoria ver")
     assert not re.search(r"\x1b\[[\d;]*m", seen)
     rows = seen.split("\n")[:-2]
@@ -613,7 +615,7 @@ def test_a_terminal_without_utf8(folder):
         PYTHONIOENCODING="ascii",
     )  # fmt: skip
     printed = terminal.read_to("\nTu: ") + terminal.ask("ayuda", "\nTu: ")
-    assert "Escribe \"ayuda\"" in printed and "memoria si" in printed and "?" not in printed.replace("delante ?", "")
+    assert 'Escribe "ayuda"' in printed and "memoria si" in printed and "?" not in printed
     answer = terminal.ask("hola", "\nTu: ")
     assert answer.startswith("Phi-Engram: ")
     printed += answer + terminal.ask("memoria ver", "\nTu: ") + terminal.ask("comparar", "\nTu: ")
