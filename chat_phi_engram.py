@@ -8,17 +8,23 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
+import unicodedata
 from contextlib import contextmanager, suppress
+from itertools import groupby, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import torch
     from transformers import GenerationConfig, StoppingCriteria
     from transformers import logging as transformers_logging
 
+    from depth_phi_engram import gate_values
     from load_phi_engram import (
         CHAT_TEMPLATE,
         SpanishParser,
@@ -28,6 +34,7 @@ try:
         open_model,
         run_script,
         spanish,
+        unaccented,
     )
 except ImportError as error:
     sys.exit(
@@ -40,19 +47,30 @@ YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
 OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
+ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
 ADVICE = (
     "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
     "«código» y dale el principio de una función para que la complete."
 )
-COMMANDS = ("salir", "limpiar", "ayuda", "código", "codigo", "charla")
+# Orders, and how many words may follow: a line with more of them is a question that happens to begin like an order.
+ORDERS = {"salir": 0, "limpiar": 0, "ayuda": 0, "codigo": 0, "charla": 0, "memoria": 1, "temperatura": 1}
+ORDERS["comparar"] = 2**20
 HELP = f"""Órdenes:
-  código    completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
-  charla    volver a conversar
-  limpiar   olvidar la conversación y empezar otra
-  ayuda     ver esto
-  salir     terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
+  código         completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
+  charla         volver a conversar
+  memoria no     responder sin la memoria Engram, solo con Phi; «memoria sí» la vuelve a encender
+  memoria ver    la última respuesta, y debajo cuánto abrió cada token la memoria en cada capa: de 0 (nada) a 9 (toda)
+  comparar       la última pregunta, respondida con memoria y sin ella; «comparar TEXTO» compara otra.
+                 La conversación se queda como estaba
+  temperatura X  0 elige siempre lo más probable; cuanto mayor, más variado
+  limpiar        olvidar la conversación y empezar otra
+  ayuda          ver esto
+  salir          terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
+La flecha arriba recupera lo que escribiste. {ESCAPE}
 {ADVICE}"""
 CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
+SHADES = (None, 194, 157, 120, 83, 46)  # of a closed gate to an open one, in the terminal's 256 colours
+NARROW = 60  # columns; with fewer, two answers go one above the other
 OUT_OF_MEMORY = (
     "Se agotó la memoria y esta respuesta se ha perdido. Qué hacer:\n"
     "  1. Escribe «limpiar»: una conversación corta ocupa menos. O pide respuestas más cortas: --max-tokens 64\n"
@@ -74,18 +92,18 @@ class Answer(StoppingCriteria):
     beginning of "\\nUser:" cut over several tokens, is never seen.
 
     Args:
-        prompt_length: tokens before the answer.
+        prompt: int64 [1, T], the tokens before the answer.
         code: raw completion; white space is kept and no turn is looked for.
         write: takes each piece of text.
     """
 
-    def __init__(self, tokenizer, prompt_length: int, code: bool, write):
-        self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt_length, code, write
-        self.tokens, self.text = [], ""  # text: what has been shown
+    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write):
+        self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt.shape[1], code, write
+        self.ids, self.text = prompt, ""  # ids: int64 [1, T], with the prompt; text: what has been shown
         self.cut = False  # by Ctrl-C
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        self.tokens = input_ids[0, self.prompt_length :].tolist()
+        self.ids = input_ids
         stop = self._show(final=False) or self.cut
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
@@ -115,8 +133,25 @@ class Answer(StoppingCriteria):
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def pieces(self) -> list[tuple[str, int]]:
+        """What has been shown, cut where its tokens are: (text, position of its token in `ids`)."""
+        whole, end, pieces = self._decode(), 0, []
+        first = 0 if self.code else len(whole) - len(whole.lstrip())
+        for position in range(self.prompt_length, self.ids.shape[1]):
+            text = self._decode(position + 1)
+            if text.endswith("\ufffd") and text != whole:  # a part of a character
+                continue
+            start, end = end, len(text)
+            piece = whole[max(start, first) : min(end, first + len(self.text))]
+            pieces += [(piece, position)] if piece else []
+        return pieces
+
+    def _decode(self, end=None) -> str:
+        tokens = self.ids[0, self.prompt_length : end].tolist()
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def _show(self, final: bool) -> bool:
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._decode()
         turn = None
         if not self.code:
             text = text.lstrip()
@@ -137,6 +172,15 @@ class Answer(StoppingCriteria):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Question(NamedTuple):
+    """What an answer follows from, besides the model."""
+
+    text: str
+    turns: list[dict]  # the conversation before it
+    code: bool
+    seed: int
+
+
 class Chat:
     """A model, the conversation so far, and how to answer.
 
@@ -150,10 +194,12 @@ class Chat:
     def __init__(self, model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
         self.model, self.tokenizer = model, tokenizer
         self.code, self.temperature, self.seed = code, temperature, seed
+        self.memory = model.model.use_memory  # whether answers use it
         self.context = model.config.max_position_embeddings
         self.max_tokens = min(max_tokens, self.context // 2)
         self.turns = []  # [{"role": "user" or "assistant", "content": text}]
         self.forgotten = 0  # turns that the last answer had no room for
+        self.question = self.given = None  # the last Question, and its Answer if it had the memory
 
     def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
         """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
@@ -177,6 +223,10 @@ class Chat:
         text = text.encode("utf-8", "replace").decode("utf-8")  # bytes that a terminal could not decode
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
+    def ask(self, text: str) -> Question:
+        seed = torch.Generator().seed() if self.seed is None else self.seed  # known, to be answered a second time
+        return Question(text, self.turns, self.code, seed)
+
     def answer(self, text: str, write) -> str:
         """Answer `text`, giving each piece to `write` as it comes, and keep both in the conversation.
 
@@ -184,28 +234,82 @@ class Chat:
             UserError: the text does not fit into the context.
             KeyboardInterrupt: cut short; what had been said is kept.
         """
-        if self.code:
-            ids = self.tokens(text)[:, self.max_tokens - self.context :]  # the end is what it goes on from
+        question = self.ask(text)
+        answer, turns = self.reply(question, self.memory, write)
+        self.forgotten = len(self.turns) + 1 - len(turns)
+        if answer.text and not question.code:  # a question without an answer would be answered next time
+            self.turns = [*turns, {"role": "assistant", "content": answer.text}]
+        if answer.cut:
+            raise KeyboardInterrupt
+        return answer.text
+
+    def compare(self, text: str = "") -> tuple[str, str]:
+        """Answers with memory and without, of the same seed, to `text` or the last question; neither is kept.
+
+        Raises:
+            UserError: no question yet, or it does not fit.
+            KeyboardInterrupt: cut short.
+        """
+        if not text and self.question is None:
+            raise UserError("Aún no has preguntado nada. Pregunta algo, o escribe «comparar» y la pregunta detrás.")
+        question, said = self.ask(text) if text else self.question, {}
+        for memory in (False, True):  # in this order the gates of the second can be seen
+            answer, _ = self.reply(question, memory, lambda piece: None)
+            if answer.cut:
+                raise KeyboardInterrupt
+            said[memory] = answer.text
+        return said[True], said[False]
+
+    def gates(self) -> tuple[list[tuple[str, int]], dict[int, list[float]]]:
+        """The last answer's pieces, as in `Answer.pieces`, and every position's gate (0..1) in each layer.
+
+        Raises:
+            UserError: no answer yet, or it was given without memory.
+        """
+        if self.question is None:
+            raise UserError("Aún no hay ninguna respuesta que ver. Pregunta algo primero.")
+        if self.given is None:
+            raise UserError(
+                "La última respuesta se dio sin memoria, así que no hay nada que ver. Escribe «memoria sí» y pregunta "
+                "otra vez, o «comparar»."
+            )
+        with self.using(True):
+            gates = gate_values(self.model, self.given.ids)
+        return self.given.pieces(), {layer: alpha[0].tolist() for layer, alpha in gates.items()}
+
+    def forget(self):
+        self.turns, self.question, self.given = [], None, None
+
+    def reply(self, question: Question, memory: bool, write) -> tuple[Answer, list[dict]]:
+        """An answer, perhaps cut short, and the turns that it follows from."""
+        turns = []
+        if question.code:  # the end is what it goes on from
+            ids = self.tokens(question.text)[:, self.max_tokens - self.context :]
         else:
-            ids, turns = self.fit([*self.turns, {"role": "user", "content": text}])
-            self.forgotten = len(self.turns) + 1 - len(turns)
+            ids, turns = self.fit([*question.turns, {"role": "user", "content": question.text}])
         ids = ids.to(self.model.device)
-        answer = Answer(self.tokenizer, ids.shape[1], self.code, write)
-        if self.seed is not None:
-            torch.manual_seed(self.seed % 2**63)
+        answer = Answer(self.tokenizer, ids, question.code, write)
+        self.question, self.given = question, answer if memory else None
+        torch.manual_seed(question.seed % 2**63)
         try:
-            with answer.interruptible():
+            with answer.interruptible(), self.using(memory):
                 self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
                 )
         except KeyboardInterrupt:
             answer.cut = True
-        said = answer.finish()
-        if said and not self.code:  # a question without an answer would be answered next time
-            self.turns = [*turns, {"role": "assistant", "content": said}]
-        if answer.cut:
-            raise KeyboardInterrupt
-        return said
+        answer.finish()
+        return answer, turns
+
+    @contextmanager
+    def using(self, memory: bool):
+        """Meanwhile the model has its memory, or has not; a chat leaves the model as it was."""
+        decoder = self.model.model
+        before, decoder.use_memory = decoder.use_memory, memory
+        try:
+            yield
+        finally:
+            decoder.use_memory = before
 
     def plan(self) -> GenerationConfig:
         """How to generate; nothing is left to the checkpoint but its stop tokens."""
@@ -239,37 +343,132 @@ def in_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+def in_colour() -> bool:
+    """Whether escape sequences are understood and wished for (https://no-color.org)."""
+    known = os.environ.get("TERM", "dumb") not in ("", "dumb")
+    return known and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def write(piece: str):
     print(piece, end="", flush=True)
 
 
-def respond(chat: Chat, text: str, say) -> bool:
-    """Print one answer, or say what keeps it from coming. Returns whether it came."""
+def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], columns: int, colour: bool) -> str:
+    """Text shaded by the mean of its gates, and under it a line for each layer: a digit where each piece begins.
+
+    Args:
+        pieces: (text, position); gates: {layer: each position's, 0..1}, written in tenths.
+        columns: cells in a row.
+    """
+    rows, free = [], 0
+    for text, position in pieces:
+        for i, char in enumerate(text.expandtabs(4)):
+            width = 2 if unicodedata.east_asian_width(char) in "WF" else 1  # cells in a terminal
+            if width > free:
+                rows.append([])
+                free = columns - 7
+            rows[-1].append((char if char.isprintable() else " ", width, position, i == 0))
+            free = 0 if char == "\n" else free - width
+    lines = []
+    for row in rows:
+        lines.append(" " * 6)
+        for position, part in groupby(row, key=lambda cell: cell[2]):
+            mean = sum(alpha[position] for alpha in gates.values()) / len(gates)
+            shade = SHADES[min(int(mean * len(SHADES)), len(SHADES) - 1)]
+            text = "".join(char for char, *_ in part)
+            lines[-1] += f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour and shade else text
+        for layer, alpha in gates.items():
+            marks = [str(min(int(alpha[at] * 10), 9)) if begins else "." for _, _, at, begins in row]
+            lines.append(f"{layer:>5} " + "".join(mark.ljust(width) for mark, (_, width, _, _) in zip(marks, row)))
+    return "\n".join(lines)
+
+
+def side_by_side(left: str, right: str, columns: int) -> str:
+    """Two texts in two columns, or one above the other where the terminal is narrow."""
+    if columns < NARROW:
+        return f"{left}\n\n{right}"
+    wrap = textwrap.TextWrapper((columns - 4) // 2, tabsize=4, replace_whitespace=False, drop_whitespace=False).wrap
+    sides = [[part for line in text.splitlines() for part in wrap(line) or [""]] for text in (left, right)]
+    return "\n".join(f"{a:<{(columns - 4) // 2}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue=""))
+
+
+def order(text: str) -> tuple[str, str]:
+    """A line's order, without accents and capitals, and what follows it; ("", text) for a line that is none."""
+    word, _, rest = text.strip().partition(" ")
+    word = unaccented(word).casefold()
+    return (word, rest.strip()) if len(rest.split()) <= ORDERS.get(word, -1) else ("", text)
+
+
+def obey(chat: Chat, word: str, argument: str, say):
+    """Carry out an order. Raises UserError where its argument is not one of those that it takes."""
+    columns, wish = shutil.get_terminal_size().columns, unaccented(argument).casefold()
+    text = f"{word} {argument}".strip()
+    if word == "ayuda":
+        say(HELP)
+    elif word == "limpiar":
+        chat.forget()
+        say("Conversación olvidada.")
+    elif word in ("codigo", "charla"):
+        chat.code = word == "codigo"
+        say(CODE_MODE if chat.code else "Modo charla: pregunta lo que quieras.")
+    elif word == "comparar":
+        say("(Respondiendo dos veces, sin memoria y con ella …)")
+        texts = chat.compare(argument)
+        titled = [f"{title}\n{text}" for title, text in zip(("CON MEMORIA", "SIN MEMORIA"), texts)]
+        print(side_by_side(*titled, columns if in_terminal() else 0), flush=True)
+        if texts[0] == texts[1]:
+            say("(Las dos respuestas son iguales.)")
+    elif word == "temperatura":
+        value = float(wish.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d+)?", wish) else -1
+        if not 0 <= value <= 100:
+            now = f"{chat.temperature:g}".replace(".", ",")
+            raise UserError(f"«{text}»: la temperatura es un número de 0 a 100; ahora, {now}. {ESCAPE}")
+        chat.temperature = value
+        say(f"Temperatura: {wish.replace('.', ',')}")
+    elif wish == "ver":
+        print(shaded(*chat.gates(), columns, in_colour()), flush=True)
+        say("(Bajo cada token, su puerta en décimas, una línea por capa: 0 cerrada, 9 abierta.)")
+    elif wish in ("si", "no"):
+        chat.memory = wish == "si"
+        say("Memoria encendida." if chat.memory else "Memoria apagada: responde Phi sin Engram.")
+    else:
+        now = "encendida" if chat.memory else "apagada"
+        raise UserError(f"«{text}»: se admite «memoria sí», «memoria no» o «memoria ver»; ahora está {now}. {ESCAPE}")
+
+
+def guarded(say, action, *arguments) -> bool:
+    """Call `action`, or say what keeps it from being done. Returns whether it was done."""
     failure = None
     try:
-        said = chat.answer(text, write)
+        action(*arguments)
     except UserError as error:
         failure = f"❌ {error}"
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         failure = f"⚠️  {OUT_OF_MEMORY}"
-    print(flush=True)
     if failure:  # said here, as inside `except` the traceback would still hold the tensors
         torch.cuda.empty_cache()
         say(failure)
-        return False
+    return not failure
+
+
+def respond(chat: Chat, text: str, say):
+    """Print one answer."""
+    try:
+        said = chat.answer(text, write)
+    finally:
+        print(flush=True)
     if chat.forgotten and not chat.code:
         say(f"(Para que quepa, he olvidado los {chat.forgotten} mensajes más antiguos.)")
     if not said.strip():
         say("(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)")
-    return True
 
 
 def read(code: bool, terminal: bool) -> str:
     """One message: a line, or in code mode the lines up to an empty one. Raises EOFError where input ends."""
     text = input(YOU if terminal else "")
-    if not code or text.strip().casefold() in COMMANDS or not text.strip():
+    if not code or order(text)[0] or not text.strip():
         return text
     lines = [text]
     with suppress(EOFError):
@@ -288,27 +487,23 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
 
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  (arrow keys in input)
+            import readline  # arrow keys in input
+
+            readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
         say(CODE_MODE if code else "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
     while True:
         text = None
         try:
             text = read(chat.code, terminal)
-            command = text.strip().casefold()
-            if command == "salir":
+            word, argument = order(text)
+            if word == "salir":
                 break
-            elif command == "limpiar":
-                chat.turns = []
-                say("Conversación olvidada.")
-            elif command == "ayuda":
-                say(HELP)
-            elif command in COMMANDS:
-                chat.code = command != "charla"
-                say(CODE_MODE if chat.code else "Modo charla: pregunta lo que quieras.")
-            elif command:
+            elif word:
+                guarded(say, obey, chat, word, argument, say)
+            elif text.strip():
                 if terminal:
                     write(MODEL)
-                respond(chat, text if chat.code else text.strip(), say)
+                guarded(say, respond, chat, text if chat.code else text.strip(), say)
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -316,7 +511,7 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
                 raise
             if text is None:
                 break
-            say("\n(Respuesta cortada. Sigue preguntando, o escribe «salir».)")
+            say("(Respuesta cortada. Sigue preguntando, o escribe «salir».)")
     if terminal:
         say("\n¡Hasta luego!" if text is None else "¡Hasta luego!")
 
@@ -386,7 +581,7 @@ def main(argv=None) -> int:
     try:
         if options.pregunta is None:
             run_chat(model, tokenizer, *settings)
-        elif not respond(Chat(model, tokenizer, *settings), options.pregunta, note):
+        elif not guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note):
             return 1
     except BrokenPipeError:  # whoever read the answers, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

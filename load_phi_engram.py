@@ -10,6 +10,7 @@ Also the room of what every script does when it opens and saves: errors in Spani
 """
 
 import argparse
+import codecs
 import difflib
 import errno
 import os
@@ -19,6 +20,7 @@ import shutil
 import socket
 import sys
 import time
+import unicodedata
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,10 @@ OWN_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|"
     r"chat_template\.jinja|engram_memory\.safetensors|phi1_engram\.py|model.*\.safetensors(\.index\.json)?|__pycache__|\.DS_Store"
 )
+ASCII_SIGNS = str.maketrans(
+    {"✅": "OK", "❌": "ERROR:", "⚠": "AVISO:", "→": "->", "–": "-", "—": "-", "·": "-", "«": '"', "»": '"', "×": "x"}
+    | dict.fromkeys("¿¡ℹ\ufe0f")
+)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,11 +76,28 @@ class UserError(Exception):
     """Something that the user can mend. Its text is a Spanish sentence with the value, what is allowed, the command."""
 
 
+def unaccented(text: str) -> str:
+    """Letters alone: «código» -> «codigo», «…» -> «...»."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+
+
+def plain(error: UnicodeEncodeError) -> tuple[str, int]:
+    """Codec error handler: what a terminal cannot show goes without accents, as an ASCII sign, or is left out."""
+    text, end = error.object[error.start : error.end].translate(ASCII_SIGNS), error.end
+    text = unaccented("".join(char for char in text if unicodedata.category(char) != "So"))  # So: emojis
+    if not text:  # nor the space after an emoji
+        end += len(error.object[end:]) - len(error.object[end:].lstrip(" "))
+    return text.encode("ascii", "replace").decode(), end
+
+
+codecs.register_error("plain", plain)
+
+
 def run_script(main, argv=None):
     """Run a script's `main(argv)` and exit: 0 when it was done, 1 with one Spanish sentence, 130 on Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not kill the script
+            stream.reconfigure(errors="plain")  # a terminal without UTF-8 must not kill the script
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:

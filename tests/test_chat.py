@@ -1,13 +1,17 @@
 """chat_phi_engram.py: prompts, streaming, stopping, context, commands, code mode, and a real terminal."""
 
+import fcntl
 import functools
 import io
 import json
 import os
 import pty
+import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -94,16 +98,21 @@ def assistant(text):
 
 
 @torch.no_grad()
-def greedy(model, tokenizer, prompt, n):
-    """What the model says after `prompt`, recomputed whole for each token, without cache, `generate` or chat."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    start = ids.shape[1]
+def greedy_ids(model, tokenizer, prompt, n):
+    """The tokens that follow `prompt` [1, T], recomputed whole for each, without cache, `generate` or chat."""
+    ids = prompt
     for _ in range(n):
         best = model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, best], dim=1)
         if best.item() == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return ids[:, prompt.shape[1] :]
+
+
+def greedy(model, tokenizer, prompt, n):
+    """What the model says after the text `prompt`."""
+    ids = greedy_ids(model, tokenizer, tokenizer(prompt, return_tensors="pt").input_ids, n)
+    return tokenizer.decode(ids[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +230,7 @@ def test_piped_conversation(piped, says):
     says(" uno", " dos", " tres\nUser:")
     out, err = piped("hola\n\nayuda\nLIMPIAR\n¿sí?\nadiós\nsalir\nnunca\n")
     assert out == "uno\ndos\ntres\n"
-    assert "limpiar   olvidar" in err and "Conversación olvidada" in err
+    assert "limpiar        olvidar" in err and "Conversación olvidada" in err
 
 
 def test_commands(monkeypatch, piped):
@@ -237,6 +246,17 @@ def test_commands(monkeypatch, piped):
     code = [(True, "def f():\n    x = 1", 4), (True, "  y\ncharla", 0)]
     assert asked == [(False, "a", 0), (False, "b", 2), *code, (False, "c", 2)]
     assert "Modo código" in err and "Modo charla" in err
+
+
+def test_orders_from_a_pipe(model, tokenizer, piped):
+    oracle = Oracle(model, tokenizer, 12)
+    out, err = piped("hola\nmemoria no\notra\nmemoria si\ncomparar hola\nmemoria ver\n")
+    expected = [oracle.says("hola"), oracle.says("otra", memory=False)]
+    both = [oracle.says("hola", memory=memory, keep=False) for memory in (True, False)]
+    expected.append("CON MEMORIA\n{}\n\nSIN MEMORIA\n{}\n".format(*both))
+    assert out.startswith("\n".join(expected)) and "    1 " in out[len("\n".join(expected)) :]
+    assert "\x1b" not in out + err and "Memoria apagada" in err and "Memoria encendida" in err
+    assert model.model.use_memory  # left as it was
 
 
 def test_code_is_completed_raw(model, tokenizer, piped, says):
@@ -375,11 +395,13 @@ def test_questions_from_a_pipe(model, tokenizer, folder):
 class Terminal:
     """The script in a pseudo-terminal."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, columns=100, **environment):
+        standard = {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **standard, **environment}
         self.pid, self.file = pty.fork()
         if self.pid == 0:
-            environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
             os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], environment)
+        fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def write(self, text):
         os.write(self.file, text.encode())
@@ -393,8 +415,22 @@ class Terminal:
             seen += os.read(self.file, 4096)
         return seen.decode(errors="replace")
 
+    def ask(self, line, prompt="👤 Tú: "):
+        """Type a line; what is printed between its echo and the next prompt, with plain line feeds."""
+        self.write(line + "\n")
+        printed = self.read_to(prompt).replace("\r\n", "\n")
+        return printed.partition("\n")[2].removesuffix(prompt)
+
     def close(self):
         os.close(self.file)
+
+    def leave(self):
+        """Exit status after `salir`."""
+        self.write("salir\n")
+        self.read_to("Hasta luego!")
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.close()
+        return status
 
 
 def test_in_a_terminal(folder):
@@ -423,3 +459,169 @@ def test_in_a_terminal(folder):
     assert "Traceback" not in rest
     assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
     terminal.close()
+
+
+class Oracle:
+    """The same conversation at temperature 0, every answer recomputed whole, token by token."""
+
+    def __init__(self, model, tokenizer, n):
+        self.model, self.tokenizer, self.n, self.text = model, tokenizer, n, ""
+
+    def says(self, question, memory=True, keep=True):
+        prompt = f"{self.text}User: {question}\nAssistant:"
+        self.model.model.use_memory = memory
+        try:
+            said = greedy(self.model, self.tokenizer, prompt, self.n).strip()
+        finally:
+            self.model.model.use_memory = True
+        if keep:
+            self.text = f"{prompt} {said}\n"
+        return said
+
+
+def columns_of(printed):
+    """The two texts that stand side by side."""
+    rows = [line.partition(" |")[::2] for line in printed.splitlines() if " |" in line]
+    return ["\n".join(row[side].strip() for row in rows) for side in (0, 1)]
+
+
+def squeezed(text):
+    return "".join(char for char in text if char.isprintable() and not char.isspace())
+
+
+def test_memory_in_a_terminal(model, tokenizer, folder):
+    terminal = Terminal("--modelo", str(folder), "--max-tokens", "12", "--temperatura", "0")
+    oracle, phi = Oracle(model, tokenizer, 12), "🤖 Phi-Engram: "
+    terminal.read_to("👤 Tú: ")
+
+    def ask(question):
+        printed = terminal.ask(question)
+        assert printed.startswith(phi)
+        return printed[len(phi) :].strip()
+
+    assert "Aún no hay ninguna respuesta" in terminal.ask("memoria ver")
+    assert "Aún no has preguntado nada" in terminal.ask("comparar")
+    assert ask("hola") == oracle.says("hola")
+
+    # Switched off and on in mid-conversation
+    assert "Memoria apagada" in terminal.ask("memoria no")
+    plain = oracle.says("otra", memory=True, keep=False)
+    assert ask("otra") == oracle.says("otra", memory=False) != plain
+    assert "se dio sin memoria" in terminal.ask("memoria ver")
+    assert "Memoria encendida" in terminal.ask("Memoria  SÍ")
+    before = oracle.text
+    said = oracle.says("y más")
+    assert ask("y más") == said
+
+    # Its gates: the text of the answer, and the digits that the gates' own outputs give
+    seen = terminal.ask("memoria ver")
+    assert "\x1b[30;48;5;" in seen
+    lines = re.sub(r"\x1b\[[\d;]*m", "", seen).split("\n")[:-2]
+    assert squeezed("".join(line[6:] for line in lines[::3])) == squeezed(said)
+    prompt = tokenizer(before + "User: y más\nAssistant:", return_tensors="pt").input_ids
+    ids = torch.cat([prompt, greedy_ids(model, tokenizer, prompt, 12)], dim=1)
+    gates = {}
+    hooks = [
+        model.model.layers[i].engram.gate.register_forward_hook(lambda m, x, a, i=i: gates.update({i: a[0, :, 0]}))
+        for i in (1, 2)
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook, layer in zip(hooks, (1, 2)):
+        hook.remove()
+        assert {line[:6] for line in lines[layer::3]} == {f"    {layer} "}
+        digits = re.sub(r"[. ]", "", "".join(line[6:] for line in lines[layer::3]))
+        tenths = iter((gates[layer][prompt.shape[1] :] * 10).int().clamp(max=9).tolist())
+        # In this order, less the tokens of white space at the ends and of half a character: see the next test.
+        assert len(digits) > 6 and all(int(digit) in tenths for digit in digits)
+
+    # Both answers side by side; the conversation goes on as if nothing had been compared
+    left, right = columns_of(terminal.ask("comparar"))
+    kept, oracle.text = oracle.text, before
+    assert squeezed(left) == "CONMEMORIA" + squeezed(said)
+    assert squeezed(right) == "SINMEMORIA" + squeezed(oracle.says("y más", memory=False))
+    oracle.text = kept
+    left, right = columns_of(terminal.ask("Comparar ¿Y un dict?"))
+    assert squeezed(left) == "CONMEMORIA" + squeezed(oracle.says("¿Y un dict?", keep=False))
+    assert squeezed(right) == "SINMEMORIA" + squeezed(oracle.says("¿Y un dict?", memory=False, keep=False))
+    assert "48;5;" in terminal.ask("memoria ver")  # of the one with memory
+    assert ask("adiós") == oracle.says("adiós")
+
+    # Arrow up repeats what was typed; a line that is no order, though it begins like one, is a question
+    assert ask("\x1b[A") == oracle.says("adiós")
+    for question in ("memoria caché de Python", "¿comparar dos listas?", "temperatura media diaria", "salir ya"):
+        assert ask(question) == oracle.says(question)
+
+    # Orders that are not understood are not asked
+    for line, words in {
+        "memoria quizás": "«memoria sí», «memoria no» o «memoria ver»; ahora está encendida",
+        "memoria": "«memoria sí»",
+        "temperatura hola": "un número de 0 a 100; ahora, 0.",
+        "temperatura 101": "un número de 0 a 100",
+        "temperatura": "un número de 0 a 100",
+    }.items():
+        printed = terminal.ask(line)
+        assert words in printed and printed.startswith("❌") and phi not in printed
+    assert "Temperatura: 0,5" in terminal.ask("temperatura 0,5")
+    assert "Temperatura: 0\n" in terminal.ask("TEMPERATURA 0")
+    assert ask("fin") == oracle.says("fin")  # none of it is in the conversation
+    help = terminal.ask("ayuda")
+    for words in ("memoria no", "memoria ver", "comparar", "temperatura X", "limpiar", "flecha arriba", "comillas"):
+        assert words in help
+    assert "olvidada" in terminal.ask("limpiar") and "Aún no hay" in terminal.ask("memoria ver")
+    assert terminal.leave() == 0
+
+
+def test_each_piece_has_its_token(monkeypatch, model, tokenizer, says):
+    says("  ñandú 你好 👍 done\nUser: x")
+    chat = Chat(model, tokenizer, max_tokens=60)
+    said = chat.answer("hola", lambda piece: None)
+    monkeypatch.undo()  # the model says what it likes again
+    pieces, gates = chat.gates()
+    assert "".join(text for text, _ in pieces) == said == "ñandú 你好 👍 done"
+    ids, first = chat.given.ids, chat.given.prompt_length
+    for (text, position), (_, before) in zip(pieces, [(None, first - 1), *pieces]):
+        assert tokenizer.decode(ids[0, before + 1 : position + 1]).lstrip() == text.lstrip()
+    drawn = chat_script.shaded(pieces, gates, 40, colour=False).split("\n")
+    assert len({len(line) + sum(char in "你好👍" for char in line) for line in drawn}) == 1  # aligned: those are wide
+    assert squeezed(drawn[0]) == squeezed(said) and len(drawn) == 3
+    assert re.sub(r"[. ]", "", drawn[1][6:]) == "".join(str(int(gates[1][at] * 10)) for _, at in pieces)
+
+
+def test_a_narrow_terminal_without_colour(folder):
+    terminal = Terminal(
+        "--modelo", str(folder), "--semilla", "3", "--max-tokens", "120", columns=40, NO_COLOR="1", LC_ALL="C"
+    )
+    terminal.read_to("👤 Tú: ")
+    assert "Temperatura: 0,9" in terminal.ask("temperatura 0.9")
+    terminal.write("comparar hola\n")
+    terminal.read_to("Respondiendo dos veces")
+    terminal.write("\x03")
+    assert "Respuesta cortada" in terminal.read_to("👤 Tú: ")
+    said = terminal.ask("¿qué?").removeprefix("🤖 Phi-Engram: ").strip()  # no command of readline's, in any locale
+    seen = terminal.ask("memoria ver")
+    assert not re.search(r"\x1b\[[\d;]*m", seen)
+    rows = seen.split("\n")[:-2]
+    assert max(map(len, rows)) < 40
+    assert squeezed("".join(row[6:] for row in rows[::3])) == squeezed(said)
+    above, below = terminal.ask("comparar").split("SIN MEMORIA\n")
+    assert squeezed(above.split("CON MEMORIA\n")[1]) == squeezed(said) != squeezed(below)  # the same seed
+    assert terminal.leave() == 0
+
+
+def test_a_terminal_without_utf8(folder):
+    terminal = Terminal(
+        "--modelo", str(folder), "--max-tokens", "12", "--temperatura", "0", TERM="dumb", LANG="C", LC_ALL="C",
+        PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    printed = terminal.read_to("\nTu: ") + terminal.ask("ayuda", "\nTu: ")
+    assert 'Escribe "ayuda"' in printed and "memoria si" in printed and "?" not in printed
+    answer = terminal.ask("hola", "\nTu: ")
+    assert answer.startswith("Phi-Engram: ")
+    printed += answer + terminal.ask("memoria ver", "\nTu: ") + terminal.ask("comparar", "\nTu: ")
+    assert "SIN MEMORIA" in printed
+    bad = terminal.ask("memoria quizas", "\nTu: ")
+    assert bad.startswith('ERROR: "memoria quizas"')
+    assert "Memoria encendida." in terminal.ask("memoria si", "\nTu: ")
+    assert (printed + bad).isascii() and "\x1b" not in printed + bad
+    assert terminal.leave() == 0

@@ -277,6 +277,19 @@ def test_typos_on_the_command_line(argv, words, capsys):
     assert stop.value.code == 2 and words in err and err.startswith("uso: "), err
 
 
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [
+        ("utf-8", "❌ ¿Qué «señal»? … 👤 Tú → ⚠️  20 € × 3"),
+        ("latin-1", "ERROR: ¿Qué «señal»? ... Tú -> AVISO:  20 ? × 3"),
+        ("ascii", 'ERROR: Que "senal"? ... Tu -> AVISO:  20 ? x 3'),
+    ],
+)
+def test_what_a_terminal_cannot_show(encoding, shown):
+    text = "❌ ¿Qué «señal»? … 👤 Tú → ⚠️  20 € × 3"
+    assert text.encode(encoding, "plain").decode(encoding) == shown
+
+
 def test_help_is_spanish(capsys):
     with pytest.raises(SystemExit) as stop:
         load_phi_engram.main(["--help"])
