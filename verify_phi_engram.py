@@ -2,6 +2,7 @@
 
     python verify_phi_engram.py                            # a small model built on the spot, with or without the Hub
     python verify_phi_engram.py --modelo phi1-engram       # a real checkpoint: a folder, or user/name on the Hub
+    python verify_phi_engram.py --profundidad phi1-engram-demo       # what the memory does inside: see depth_phi_engram
 
 Exit status 0 when everything holds, 1 when something does not.
 """
@@ -456,11 +457,35 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--modelo", metavar="CARPETA_O_NOMBRE", help="comprueba este modelo: una carpeta, o usuario/nombre en el Hub"
     )
+    depth = parser.add_argument_group("mirar por dentro un modelo entrenado (resultados en profundidad/)")
+    depth.add_argument(
+        "--profundidad", metavar="CARPETA_O_NOMBRE", help="LogitLens, CKA, puertas, ablación y tablas de este modelo"
+    )
+    depth.add_argument(
+        "--contra", metavar="CARPETA_O_NOMBRE", help="Phi sin memoria con que compararlo (por defecto, la carpeta "
+        "MODELO-control si la hay; si no, el mismo modelo con la memoria apagada)",
+    )  # fmt: skip
+    depth.add_argument(
+        "--datos", metavar="RUTA", help="carpeta o archivo .py, .txt, .md o .jsonl; se mide lo que el entrenamiento "
+        "aparta (por defecto, de la biblioteca estándar de Python)",
+    )  # fmt: skip
+    depth.add_argument("--bloques", type=int, default=256, metavar="N", help="como mucho N × 256 tokens (%(default)s)")
     options = parser.parse_args(argv)
+    if options.profundidad and options.modelo:
+        parser.error("elige una: --modelo (comprobarlo) o --profundidad (mirarlo por dentro).")
+    if (options.contra or options.datos or options.bloques != 256) and not options.profundidad:
+        parser.error("--contra, --datos y --bloques acompañan a --profundidad MODELO.")
+    if options.bloques < 1:
+        parser.error(f"--bloques {options.bloques} no es válido: tiene que ser 1 o más.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
 
+    if options.profundidad:
+        from depth_phi_engram import depth as look_inside
+
+        look_inside(options.profundidad, options.contra, options.datos, options.bloques)
+        return 0
     start, threads = time.time(), torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = run_check(1, "Librerías y máquina", check_versions)
