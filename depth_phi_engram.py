@@ -58,7 +58,7 @@ KINDS = (
     "sin clasificar",
 )  # fmt: skip
 KEYWORD, NAME, NUMBER, STRING, COMMENT, OPERATOR, WHITE, OTHER = range(len(KINDS))
-PROBES = {"nombres": "el último token de cada nombre de varios", "todos": "todos los tokens"}
+PROBES = {"nombres": "el último token de los nombres de varios", "todos": "todos los tokens"}
 SIZES = (1, 4, 16, 64)  # multiples of the present tables for which collisions are foretold
 
 
@@ -304,13 +304,15 @@ def mean_and_error(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, flo
     Args:
         values: float [B, T]; mask: bool [B, T].
     Returns:
-        mean and error; (nan, nan) where nothing is chosen.
+        mean and error. From a single block nothing is known of the error: then it is as large as the mean.
     """
+    used = mask.any(1)
+    values, mask = values[used], mask[used]
     count = mask.sum(1).double()
     total = (values.double() * mask).sum(1)
     mean = total.sum() / count.sum()
     spread = (total - mean * count).square().sum() * len(count) / max(1, len(count) - 1)
-    return mean.item(), (spread.sqrt() / count.sum()).item()
+    return mean.item(), (spread.sqrt() / count.sum() if len(count) > 1 else mean.abs()).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def gram(features: torch.Tensor) -> torch.Tensor:
 
 
 def unbiased_hsic(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Unbiased HSIC (Song et al., 2012, eq. 5; paper eq. 8) of every pair of kernels with zero diagonals.
+    """Unbiased HSIC (Song et al., 2012; paper eq. 8) of every pair of kernels with zero diagonals.
 
     Args:
         a: [S, n, n]; b: [S', n, n]; n at least 4.
@@ -356,7 +358,7 @@ def alignment(similarity: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class RunningCKA:
-    """CKA of the states of two models from HSIC summed over minibatches (Nguyen et al., 2021, eq. 3).
+    """CKA of the states of two models from HSIC summed over minibatches (Nguyen et al., 2021).
 
     What it keeps does not grow with the text: one minibatch of states, and the sums of the even and of the odd ones,
     whose disagreement shows the noise.
@@ -389,6 +391,7 @@ class RunningCKA:
             ab, aa, bb = sums
             matrix = ab / (aa.diag()[:, None] * bb.diag()).sqrt()
             own = bb / (bb.diag()[:, None] * bb.diag()).sqrt()
+            matrix, own = matrix.nan_to_num(0), own.nan_to_num(0)  # a state that is the same everywhere is like none
             return matrix, alignment(matrix, k), alignment(own, k)
 
         matrix, aligned, own = curves(self.sums[0] + self.sums[1])
@@ -429,9 +432,9 @@ def row_norms(table, n_rows: int, device) -> np.ndarray:
     """Euclidean norm of every row, float32 [n_rows]; read through the table, wherever its rows live."""
     return np.concatenate(
         [
-            table(torch.arange(start, min(start + 2**16, n_rows), device=device)[None, :, None]).float().norm(dim=-1)
+            table(torch.arange(start, min(start + 2**14, n_rows), device=device)[None, :, None]).float().norm(dim=-1)
             .flatten().cpu().numpy()
-            for start in range(0, n_rows, 2**16)
+            for start in range(0, n_rows, 2**14)
         ]
     )  # fmt: skip
 
@@ -502,7 +505,8 @@ def gate_numbers(alpha: dict[int, torch.Tensor], model, tokenizer, sample: Sampl
         listed = {"abren": often[::-1][:12], "nunca_abren": never[:12]}
         layers[str(layer)] = dict(
             media=values.mean().item(), desviacion=values.std().item(), minima=values.min().item(),
-            maxima=values.max().item(), abierta=(values > 0.5).double().mean().item(), ngramas=len(often),
+            maxima=values.max().item(), abierta=(values > 0.5).double().mean().item(),
+            extrema=((values - 0.5).abs() > 0.25).double().mean().item(), ngramas=len(often),
             ngramas_que_nunca_abren=len(never),
             por_clase={KINDS[k]: values[sample.kinds == k].mean().item() for k in sample.kinds.unique().tolist()},
             **{
@@ -527,6 +531,7 @@ def analyse(model, twin, tokenizer, sample: Sample) -> dict:
             the same model with its memory off.
     """
     config, length = model.config, sample.ids.shape[1]
+    tables = table_health(model, sample)  # before any state is held
     orders = range(2, config.max_ngram_size + 1)
     n_states, generator = config.num_hidden_layers + 1, torch.Generator().manual_seed(0)
     ckas = {key: RunningCKA() for key in PROBES}
@@ -559,6 +564,7 @@ def analyse(model, twin, tokenizer, sample: Sample) -> dict:
         for order in orders:
             with without_order(model, order):
                 losses[f"sin orden {order}"].append(lens(model, last_state(ids), ids)[-1])
+        del states, others  # or the next batch's would stand beside them
 
     lenses = {key: torch.cat(parts, dim=-1) for key, parts in lenses.items()}  # [2, S, B]
     everywhere = torch.ones(len(sample.ids), 1, dtype=torch.bool)
@@ -567,6 +573,8 @@ def analyse(model, twin, tokenizer, sample: Sample) -> dict:
     losses = {key: torch.cat(parts) for key, parts in losses.items() if parts}
     masks = {kind: sample.kinds[:, 1:] == k for k, kind in enumerate(KINDS)}
     masks = {"todos": torch.ones_like(masks[KINDS[0]])} | {kind: mask for kind, mask in masks.items() if mask.any()}
+    if not all(loss.isfinite().all() for loss in losses.values()):
+        raise UserError("El modelo da pérdidas que no son números: sus pesos están dañados. Vuelve a copiarlo entero.")
     base, k = losses.pop("con memoria"), min(5, max(2, n_states // 5))  # the paper's 5 are a sixth of its layers
     ablation = {
         kind: dict(
@@ -579,7 +587,7 @@ def analyse(model, twin, tokenizer, sample: Sample) -> dict:
     return dict(
         logitlens=dict(**logitlens, diferencia=gaps),
         cka=dict(k=k, **{key: cka.result(k) for key, cka in ckas.items()}),
-        puertas=gate_numbers(alpha, model, tokenizer, sample), ablacion=ablation, tablas=table_health(model, sample),
+        puertas=gate_numbers(alpha, model, tokenizer, sample), ablacion=ablation, tablas=tables,
     )  # fmt: skip
 
 
@@ -644,11 +652,11 @@ def draw_cka(numbers, plt):
     return figure
 
 
-def draw_gates(numbers, plt, columns: int = 88):
+def draw_gates(numbers, plt, columns: int = 88, lines: int = 24):
     """The text token by token on a grid of characters, one panel per layer, each token shaded by its gate."""
     found = numbers["puertas"]
     span = max(0.05, max(abs(value - 0.5) for values in found["alfa"].values() for value in values))
-    shades = plt.matplotlib.cm.ScalarMappable(plt.Normalize(0.5 - span, 0.5 + span), "RdBu_r")
+    shades = plt.matplotlib.cm.ScalarMappable(plt.Normalize(0.5 - span, 0.5 + span), "coolwarm")
     cells, x, y = [], 0, 0  # (column, line, character, token)
     for token, piece in enumerate(found["trozos"]):
         for character in piece.replace("\t", "    "):
@@ -657,6 +665,7 @@ def draw_gates(numbers, plt, columns: int = 88):
             known = character.isprintable() and ord(character) < 0x250  # what every font has
             cells.append((x, y, "↵" if character == "\n" else character if known else "□", token))
             x, y = (0, y + 1) if character == "\n" else (x + 1, y)
+    cells = [cell for cell in cells if cell[1] < lines]
     height, size = cells[-1][1] + 1, len(found["alfa"])
     figure, axes = plt.subplots(
         size, 1, figsize=(columns * 0.1 + 1.2, size * (height * 0.19 + 0.5)), layout="constrained", squeeze=False
@@ -666,10 +675,11 @@ def draw_gates(numbers, plt, columns: int = 88):
             shade = shades.to_rgba(alpha[token])
             axis.add_patch(plt.Rectangle((x, y), 1, 1, color=shade, linewidth=0))
             style = dict(ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
-            axis.text(x + 0.5, y + 0.55, character, color="white" if sum(shade[:3]) < 1.5 else "black", **style)
+            dark = 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] < 0.5
+            axis.text(x + 0.5, y + 0.55, character, color="white" if dark else "black", **style)
         axis.set(xlim=(0, columns), ylim=(height, 0), title=f"Puerta α de la capa {layer}", xticks=[], yticks=[])
-    label = "α: rojo, la abre; azul, la cierra; blanco, a medias"
-    commas(figure.colorbar(shades, ax=axes[:, 0].tolist(), label=label).ax.yaxis, 2)
+    label = "α: rojo, la abre; azul, la cierra; gris, a medias"
+    commas(figure.colorbar(shades, ax=axes[:, 0].tolist(), label=label, shrink=0.6).ax.yaxis, 2)
     return figure
 
 
@@ -758,6 +768,10 @@ def report_lens(numbers):
     yield markdown_table([*head, f"acuerdo {twin}"], zip(names, *columns))
     early = range(1 + (len(names) - 1) // 2)  # the input and the first half of the layers
     lower, higher = ([names[s] for s in early if side(gaps[s]) == sign] for sign in (-1, 1))
+    yield (
+        f"La memoria entra al empezar las capas {listed(numbers['puertas']['capas'])}; antes de ellas solo puede haber "
+        "diferencias de entrenamiento."
+    )
     if not any(gap for gap, _ in gaps):
         yield "No hay ninguna diferencia en ninguna capa: la memoria no cambia nada."
     elif len(lower) == len(early):
@@ -798,10 +812,11 @@ def report_cka(numbers):
 def report_gates(numbers):
     yield "## 3. Puertas: ¿cuándo escucha a la memoria?"
     yield "α va de 0 (cerrada) a 1 (abierta). Donde no hay nada aprendido vale 0,5, y lo que deja pasar es cero."
-    keys = ("media", "desviacion", "minima", "maxima", "abierta")
+    keys = ("media", "desviacion", "minima", "maxima", "abierta", "extrema")
     layers = numbers["puertas"]["capas"]
     rows = [[layer, *(spanish(found[key], 3) for key in keys)] for layer, found in layers.items()]
-    yield markdown_table(["capa", "media", "desviación", "mínima", "máxima", "parte con α > 0,5"], rows)
+    head = ["capa", "media", "desviación", "mínima", "máxima", "parte con α > 0,5", "parte con α < 0,25 o > 0,75"]
+    yield markdown_table(head, rows)
     for layer, found in layers.items():
         kinds = sorted(found["por_clase"].items(), key=lambda pair: -pair[1])
         yield f"Capa {layer}, α media por clase: " + "; ".join(f"{kind} {spanish(v, 3)}" for kind, v in kinds) + "."

@@ -475,8 +475,8 @@ def main(argv=None) -> int:
         parser.error("elige una: --modelo (comprobarlo) o --profundidad (mirarlo por dentro).")
     if (options.contra or options.datos or options.bloques != 256) and not options.profundidad:
         parser.error("--contra, --datos y --bloques acompañan a --profundidad MODELO.")
-    if options.bloques < 1:
-        parser.error(f"--bloques {options.bloques} no es válido: tiene que ser 1 o más.")
+    if options.bloques < 2:
+        parser.error(f"--bloques {options.bloques} no es válido: tiene que ser 2 o más.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -484,7 +484,13 @@ def main(argv=None) -> int:
     if options.profundidad:
         from depth_phi_engram import depth as look_inside
 
-        look_inside(options.profundidad, options.contra, options.datos, options.bloques)
+        try:
+            look_inside(options.profundidad, options.contra, options.datos, options.bloques)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "No hay memoria suficiente en la GPU. Con --contra hay dos modelos abiertos: quítalo, y si tampoco "
+                "cabe uno, usa la CPU: CUDA_VISIBLE_DEVICES= python verify_phi_engram.py --profundidad …"
+            ) from None
         return 0
     start, threads = time.time(), torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"

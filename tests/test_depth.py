@@ -209,7 +209,10 @@ def test_error_of_a_mean_is_that_of_its_blocks():
     mean, error = depth_script.mean_and_error(values, everything)
     assert (mean, error) == pytest.approx((3, np.std([2, 6, 1], ddof=1) / 3**0.5))
     everything[1] = False
-    assert depth_script.mean_and_error(values, everything)[0] == 1.5
+    mean, error = depth_script.mean_and_error(values, everything)
+    assert (mean, error) == pytest.approx((1.5, 0.5))
+    everything[0] = False
+    assert depth_script.mean_and_error(values, everything) == (1, 1)  # one block says nothing of its error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,7 +428,8 @@ def test_reports_say_what_the_numbers_say():
     def lens_report(*gaps):
         states = {"kl": [1.0] * len(gaps), "acuerdo": [0.5] * len(gaps)}
         found = {"modelo": states, "gemelo": states, "diferencia": gaps}
-        return "\n".join(depth_script.report_lens({"gemelo": "control", "logitlens": found}))
+        numbers = {"gemelo": "control", "logitlens": found, "puertas": {"capas": {"1": {}}}}
+        return "\n".join(depth_script.report_lens(numbers))
 
     assert "Se ve lo que dice" in lens_report((-0.1, 0.01), (-0.1, 0.01), (0.3, 0.01))
     mixed = lens_report((-0.1, 0.01), (0.1, 0.01), (0, 0))
