@@ -58,7 +58,7 @@ KINDS = (
     "sin clasificar",
 )  # fmt: skip
 KEYWORD, NAME, NUMBER, STRING, COMMENT, OPERATOR, WHITE, OTHER = range(len(KINDS))
-PROBES = {"nombres": "el último token de los nombres de varios", "todos": "todos los tokens"}
+PROBES = {"nombres": "el final de los nombres de varios tokens", "todos": "todos los tokens"}
 SIZES = (1, 4, 16, 64)  # multiples of the present tables for which collisions are foretold
 
 
@@ -516,8 +516,14 @@ def gate_numbers(alpha: dict[int, torch.Tensor], model, tokenizer, sample: Sampl
         )  # fmt: skip
     keywords = sample.ids.masked_fill(sample.kinds != KEYWORD, -1)
     block = max(range(len(keywords)), key=lambda row: len(keywords[row].unique()))  # the one most like code
+    pieces, shown = [], 0
+    for end in range(1, sample.ids.shape[1] + 1):
+        text = tokenizer.decode(sample.ids[block, :end], clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\ufffd")  # else a character cut between tokens, shown with the last of them
+        pieces.append(text[shown:] if whole else "")
+        shown = len(text) if whole else shown
     return dict(
-        capas=layers, trozos=[tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in sample.ids[block]],
+        capas=layers, trozos=pieces,
         alfa={str(layer): values[block].tolist() for layer, values in alpha.items()},
     )  # fmt: skip
 
@@ -769,8 +775,8 @@ def report_lens(numbers):
     early = range(1 + (len(names) - 1) // 2)  # the input and the first half of the layers
     lower, higher = ([names[s] for s in early if side(gaps[s]) == sign] for sign in (-1, 1))
     yield (
-        f"La memoria entra al empezar las capas {listed(numbers['puertas']['capas'])}; antes de ellas solo puede haber "
-        "diferencias de entrenamiento."
+        f"La memoria entra al empezar las capas {listed(numbers['puertas']['capas'])}; antes de ellas no está, y la KL "
+        "solo puede cambiar por el entrenamiento o porque cambia la predicción final."
     )
     if not any(gap for gap, _ in gaps):
         yield "No hay ninguna diferencia en ninguna capa: la memoria no cambia nada."
@@ -853,8 +859,8 @@ def report_ablation(numbers):
     orders = {key: mean for key, (mean, _) in total.items() if key.startswith("sin orden")}
     yield (
         f"Al apagarla la pérdida cambia en {signed(total['sin memoria'][0])}. Empeora, de más a menos: "
-        f"{listed(sorted(worse, key=lambda kind: -effects[kind][0]))}. Mejora: {listed(better)}. Lo que más se nota: "
-        f"quitar el {max(orders, key=orders.get).removeprefix('sin ')}."
+        f"{listed(sorted(worse, key=lambda kind: -effects[kind][0]))}. Mejora: {listed(better)}. El que más falta "
+        f"hace: el {max(orders, key=orders.get).removeprefix('sin ')}."
     )
     if "gemelo" in total:
         yield (

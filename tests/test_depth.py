@@ -378,6 +378,8 @@ def test_command_leaves_pictures_numbers_and_report(capsys, models, workplace):
     numbers = json.loads((place / "numeros.json").read_text(encoding="utf-8"))
     assert numbers["tokens"] == 6 * 256 and numbers["gemelo"] == "control"
     assert set(numbers["ablacion"]["todos"]["cambios"]) == {"sin memoria", "sin orden 2", "sin orden 3", "gemelo"}
+    assert "señal" in "".join(numbers["puertas"]["trozos"])  # characters cut between tokens come out whole
+    assert len(numbers["puertas"]["trozos"]) == len(numbers["puertas"]["alfa"]["1"]) == 256
     assert sum(one["tokens"] for kind, one in numbers["ablacion"].items() if kind != "todos") == 6 * 255
     assert "diferencia" in numbers["logitlens"] and numbers["cka"]["nombres"]["minilotes"] == 1
     report = (place / "informe.md").read_text(encoding="utf-8")
@@ -389,7 +391,9 @@ def test_command_leaves_pictures_numbers_and_report(capsys, models, workplace):
     assert code == 1 and "mío.txt" in err and (place / "numeros.json").exists()
 
 
-def test_an_empty_memory_shows_no_effect_anywhere(models, workplace):
+def test_an_empty_memory_shows_no_effect_anywhere(models, workplace, monkeypatch):
+    quick = tuple((name, depth_script.draw_lens) for name, _ in depth_script.PICTURES)
+    monkeypatch.setattr(depth_script, "PICTURES", quick)
     for _ in range(2):  # the second run replaces the first one's folder
         numbers = depth_script.depth(str(models / "vacio"), source=str(models / "texto.py"), n_blocks=4)
     assert numbers["gemelo"] == "sin memoria"
