@@ -131,7 +131,7 @@ def label_tokens(ids: list[int], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     places = np.where(kinds != WHITE, np.arange(len(kinds)), len(kinds))
     visible = np.minimum.accumulate(places[::-1])[::-1][starts]
     token_kinds = np.where(visible < ends, kinds[np.minimum(visible, len(kinds) - 1)], WHITE)
-    goes_on = (names[starts] > 0) & (names[starts] == names[starts - 1]) & (starts > 0)
+    goes_on = (names[starts] > 0) & (names[starts] == names[starts - 1])  # before the first: the 0 appended above
     return token_kinds.astype(np.uint8), goes_on & (names[ends] != names[starts])
 
 
