@@ -2,6 +2,7 @@
 
     python verify_phi_engram.py                            # a small model built on the spot, with or without the Hub
     python verify_phi_engram.py --modelo phi1-engram       # a real checkpoint: a folder, or user/name on the Hub
+    python verify_phi_engram.py --profundidad phi1-engram-demo       # what the memory does inside: see depth_phi_engram
 
 Exit status 0 when everything holds, 1 when something does not.
 """
@@ -477,13 +478,44 @@ def main(argv=None) -> int:
         "--modelo", metavar="CARPETA_O_NOMBRE", help="comprueba este modelo: una carpeta, o usuario/nombre en el Hub"
     )
     add_memory_options(parser)
+    depth = parser.add_argument_group("mirar por dentro un modelo entrenado (resultados en profundidad/)")
+    depth.add_argument(
+        "--profundidad", metavar="CARPETA_O_NOMBRE", help="LogitLens, CKA, puertas, ablación y tablas de este modelo"
+    )
+    depth.add_argument(
+        "--contra", metavar="CARPETA_O_NOMBRE", help="Phi sin memoria con que compararlo (por defecto, la carpeta "
+        "MODELO-control si la hay; si no, el mismo modelo con la memoria apagada)",
+    )  # fmt: skip
+    depth.add_argument(
+        "--datos", metavar="RUTA", help="carpeta o archivo .py, .txt, .md o .jsonl; se mide lo que el entrenamiento "
+        "aparta (por defecto, de la biblioteca estándar de Python)",
+    )  # fmt: skip
+    depth.add_argument("--bloques", type=int, default=256, metavar="N", help="como mucho N × 256 tokens (%(default)s)")
     options = parser.parse_args(argv)
-    if not options.modelo and (options.memoria != "auto" or options.cambiar_memoria):
-        parser.error("--memoria y --cambiar-memoria son para un modelo guardado: dilo con --modelo.")
+    if options.profundidad and options.modelo:
+        parser.error("elige una: --modelo (comprobarlo) o --profundidad (mirarlo por dentro).")
+    if (options.contra or options.datos or options.bloques != 256) and not options.profundidad:
+        parser.error("--contra, --datos y --bloques acompañan a --profundidad MODELO.")
+    if options.bloques < 2:
+        parser.error(f"--bloques {options.bloques} no es válido: tiene que ser 2 o más.")
+    memory = {"storage": options.memoria, "memory": options.cambiar_memoria}
+    if not (options.modelo or options.profundidad) and (options.memoria != "auto" or options.cambiar_memoria):
+        parser.error("--memoria y --cambiar-memoria son para un modelo guardado: dilo con --modelo o --profundidad.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
 
+    if options.profundidad:
+        from depth_phi_engram import depth as look_inside
+
+        try:
+            look_inside(options.profundidad, options.contra, options.datos, options.bloques, **memory)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "No hay memoria suficiente en la GPU. Con --contra hay dos modelos abiertos: quítalo, y si tampoco "
+                "cabe uno, usa la CPU: CUDA_VISIBLE_DEVICES= python verify_phi_engram.py --profundidad …"
+            ) from None
+        return 0
     start, threads = time.time(), torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = run_check(1, "Librerías y máquina", check_versions)
@@ -493,9 +525,7 @@ def main(argv=None) -> int:
             torch.set_num_threads(1)  # threads would spend longer waiting for each other than on so small a model
         if options.modelo:
             # float32, because only there is "the same" sharp; nothing is written into the folder.
-            model, tokenizer = open_model(
-                options.modelo, torch.float32, device, options.memoria, options.cambiar_memoria
-            )
+            model, tokenizer = open_model(options.modelo, torch.float32, device, **memory)
             print(f"   {about_memory(model)}")
             label = options.modelo
         else:

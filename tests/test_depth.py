@@ -1,0 +1,476 @@
+"""depth_phi_engram.py against what others wrote (torch's KL, Python's tokenizer) and what mathematics fixes."""
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import depth_phi_engram as depth_script
+import train_phi_engram
+import verify_phi_engram
+from depth_phi_engram import KINDS, RunningCKA, gate_values, gram, label_tokens, lens, run_states, unbiased_hsic
+from helpers import make_phi, phi_state_dict, random_ids
+from load_phi_engram import UserError, run_script
+
+CODE = '''import os  # qué señal más útil
+
+
+class MiniPython:
+    """Una cadena de varias líneas."""
+
+    def contador_de_palabras(self, texto, otro=0x1F):
+        if texto.startswith("ñandú") and not otro:
+            return [self.contador_de_palabras(linea, 3.14) for linea in texto]
+'''
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    return verify_phi_engram.tokenizer_on_the_spot()
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def points(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cka_of(a, b, n=32, k=1):
+    """CKA of one state each, [points, d] and [points, d'], fed in uneven pieces."""
+    running = RunningCKA(n)
+    for x, y in zip(a.split(13), b.split(13)):
+        running.add(x[None], y[None])
+    return running.result(k)["matriz"][0][0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CKA
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_cka_of_a_thing_with_itself_is_one_whatever_its_rotation_scale_and_place():
+    x = points(0, 256, 12)
+    turn = torch.linalg.qr(points(1, 12, 12))[0]
+    assert cka_of(x, x) == pytest.approx(1, abs=1e-12)
+    assert cka_of(x, 7.5 * x @ turn + 100) == pytest.approx(1, abs=1e-9)
+    stretched = x * torch.linspace(0.1, 5, 12)
+    assert cka_of(x, stretched) < 0.9
+
+
+def test_cka_of_independent_data_is_near_zero_where_the_biased_estimator_is_not():
+    a, b = points(2, 2048, 64), points(3, 2048, 64)
+
+    def biased(x, y):
+        x, y = x - x.mean(0), y - y.mean(0)
+        return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+    assert abs(cka_of(a, b)) < 0.03
+    assert min(biased(x, y) for x, y in zip(a.split(32), b.split(32))) > 0.3
+
+
+def test_hsic_equals_the_u_centred_form():
+    """Székely and Rizzo (2014): the same estimator written as an inner product of U-centred kernels."""
+
+    def centred(kernel):
+        n = len(kernel)
+        rows = kernel.sum(0)
+        out = kernel - rows[:, None] / (n - 2) - rows / (n - 2) + kernel.sum() / ((n - 1) * (n - 2))
+        return out.fill_diagonal_(0)
+
+    a, b = gram(points(4, 3, 9, 5)), gram(points(5, 2, 9, 7))
+    found = unbiased_hsic(a, b)
+    for i in range(3):
+        for j in range(2):
+            expected = (centred(a[i].clone()) * centred(b[j].clone())).sum() / (9 * 6)
+            assert found[i, j].item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_cka_keeps_no_more_for_more_text():
+    running = RunningCKA(16)
+    for seed in range(20):
+        running.add(points(seed, 3, 11, 4), points(seed + 50, 3, 11, 4))
+        assert running.pending[0].shape[1] < 16
+    assert running.batches == 20 * 11 // 16
+    result = running.result(2)
+    assert len(result["matriz"]) == len(result["ruido"]) == 3
+    assert RunningCKA().result(2) is None
+    few = RunningCKA(256)
+    few.add(points(0, 2, 20, 4), points(0, 2, 20, 4))
+    assert few.result(1)["matriz"][1][1] == pytest.approx(1)
+
+
+def test_soft_alignment_is_the_weighted_centre_of_the_most_similar():
+    similarity = torch.tensor([[0.1, 0.9, 0.3, 0.0], [0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    assert depth_script.alignment(similarity, 2).tolist() == pytest.approx([(0.9 + 2 * 0.3) / 1.2, 2.5])
+    assert depth_script.alignment(similarity, 1)[0] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LogitLens, loss, gates
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_lens_equals_torch_distributions_and_the_models_own_loss(model):
+    ids = random_ids(model, 3, 40)
+    states, _ = run_states(model, ids)
+    kl, agree, loss = lens(model, states, ids)
+
+    def read(state):
+        return torch.distributions.Categorical(logits=model.lm_head(model.model.final_layernorm(state)))
+
+    final = read(states[-1])
+    assert torch.equal(final.logits, torch.distributions.Categorical(logits=model(ids).logits).logits)
+    for s, state in enumerate(states):
+        expected = torch.distributions.kl_divergence(final, read(state)).mean(1)
+        torch.testing.assert_close(kl[s].float(), expected, rtol=1e-4, atol=1e-5)
+        same = read(state).logits.argmax(-1) == final.logits.argmax(-1)
+        torch.testing.assert_close(agree[s], same.double().mean(1), rtol=1e-6, atol=1e-6)
+    assert kl[-1].abs().max() == 0 and (agree[-1] == 1).all() and (kl[:-1] > 0).all()
+    assert loss.mean().item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_states_are_those_that_transformers_phi_gives(model):
+    ids = random_ids(model, 2, 20)
+    phi = make_phi()
+    phi.load_state_dict(phi_state_dict(model))
+    states, alpha = run_states(phi, ids)
+    assert alpha == {} and len(states) == 5
+    hidden = phi(ids, output_hidden_states=True).hidden_states
+    for own, theirs in zip(states[:-1], hidden):
+        assert torch.equal(own, theirs)
+    with depth_script.memory_off(model):
+        for own, theirs in zip(run_states(model, ids)[0], states):
+            assert torch.equal(own, theirs)
+    assert model.model.use_memory
+
+
+@torch.no_grad()
+def test_gates_equal_the_layers_own_arithmetic(model):
+    ids = random_ids(model, 2, 15)
+    found = gate_values(model, ids)
+    states, same = run_states(model, ids)
+    assert list(found) == [1, 2] == list(same)
+    for i, (layer, indices) in enumerate(model.model.ngram_indices(ids).items()):
+        engram = model.model.layers[layer].engram
+        rows = model.model.engram_tables[str(layer)](indices + model.model.engram_hash.offsets[i])
+        key, hidden = engram.key_proj(rows.flatten(-2)), states[layer]  # what comes into the layer
+
+        def normed(x, weight):
+            return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt() * weight
+
+        score = normed(hidden, engram.gate.query_norm.weight) * normed(key, engram.gate.key_norm.weight)
+        score = score.sum(-1) / hidden.shape[-1] ** 0.5
+        expected = (score.sign() * score.abs().clamp_min(1e-6).sqrt()).sigmoid()
+        assert found[layer].shape == (2, 15) and found[layer].dtype == torch.float32
+        torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[layer], same[layer])
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    alone = gate_values(model, ids[:1, 5:])
+    padded = gate_values(model, ids, mask)
+    torch.testing.assert_close(padded[1][0, 5:], alone[1][0], rtol=1e-4, atol=1e-4)
+    with depth_script.memory_off(model):
+        assert gate_values(model, ids) == {}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_without_an_order_equals_tables_whose_rows_of_it_are_zero(make_model):
+    model = make_model()
+    ids = random_ids(model, 2, 15)
+    with depth_script.without_order(model, 3):
+        found = model(ids).logits
+    whole = model(ids).logits
+    for i, table in enumerate(model.model.engram_tables.values()):
+        first = int(model.model.engram_hash.offsets[i, model.config.n_head_per_ngram])
+        table.weight[first:] = 0  # order 2 comes first
+    assert torch.equal(model(ids).logits, found) and not torch.equal(found, whole)
+
+
+def test_error_of_a_mean_is_that_of_its_blocks():
+    values = torch.tensor([[1.0, 3.0], [5.0, 7.0], [0.0, 2.0]])
+    everything = torch.ones(3, 2, dtype=torch.bool)
+    mean, error = depth_script.mean_and_error(values, everything)
+    assert (mean, error) == pytest.approx((3, np.std([2, 6, 1], ddof=1) / 3**0.5))
+    everything[1] = False
+    mean, error = depth_script.mean_and_error(values, everything)
+    assert (mean, error) == pytest.approx((1.5, 0.5))
+    everything[0] = False
+    assert depth_script.mean_and_error(values, everything) == (1, 1)  # one block says nothing of its error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of token
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_token_has_the_kind_that_python_gives_it(small_tokenizer):
+    ids = small_tokenizer(CODE)["input_ids"]
+    kinds, last = label_tokens(ids, small_tokenizer)
+    said = {}
+    for token, kind in zip(ids, kinds):
+        said.setdefault(KINDS[kind], []).append(small_tokenizer.decode([token]))
+    whole = {kind: small_tokenizer.decode(np.array(ids)[kinds == k]) for k, kind in enumerate(KINDS)}
+    assert {"class", " not", " return", " in", "import"} <= set(map(str.rstrip, said["palabra clave"]))
+    assert not {"self", "texto"} & {piece.strip() for piece in said["palabra clave"]}
+    assert "self" in "".join(said["nombre"]) and "startswith" in "".join(said["nombre"])
+    assert re.sub(r"[\s,)]", "", "".join(said["número"])) == "0x1F3.14"
+    assert whole["comentario"] == " # qué señal más útil"
+    assert "varias líneas" in whole["cadena"] and "ñandú" in whole["cadena"]
+    assert not "".join(said["sangría y saltos de línea"]).strip() and "sin clasificar" not in said
+    # Last tokens of names: the ends of names of several tokens, each once.
+    ends, names = set(), re.finditer(r"[^\W\d]\w*", CODE)
+    offsets = small_tokenizer(CODE, return_offsets_mapping=True)["offset_mapping"]
+    for name in names:
+        inside = [i for i, (a, b) in enumerate(offsets) if a < name.end() and b > name.start()]
+        comment_or_string = kinds[inside[-1]] in (depth_script.COMMENT, depth_script.STRING, depth_script.NUMBER)
+        if len(inside) > 1 and not comment_or_string:
+            ends.add(inside[-1])
+    assert set(np.flatnonzero(last)) == ends and len(ends) > 5
+
+
+@pytest.mark.parametrize("text", ["Esto es prosa, no código.\n", "def f(:\n", "x = 1\n  y = 2\n"])
+def test_what_is_no_python_stays_unclassified(small_tokenizer, text):
+    kinds, last = label_tokens(small_tokenizer(text)["input_ids"], small_tokenizer)
+    assert (kinds == depth_script.OTHER).all() and not last.any()
+
+
+def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace, monkeypatch):
+    def by_place(ids, tokenizer):
+        return np.arange(len(ids)) % 7, np.zeros(len(ids), bool)
+
+    monkeypatch.setattr(depth_script, "label_tokens", by_place)
+    for i in range(400):
+        (workplace / f"{i}.py").write_text(f"valor_{i} = {i}\n" * (3 + i % 5))
+    sample = depth_script.held_out_blocks(small_tokenizer, str(workplace), 16, 32)
+    corpus = train_phi_engram.prepare_corpus(small_tokenizer, str(workplace), length=32)
+    held = np.asarray(corpus.held_out, np.int64)
+    chosen = np.unique(np.linspace(0, len(held) // 32 - 1, min(len(held) // 32, 16)).astype(int))
+    assert torch.equal(sample.ids, torch.from_numpy(np.stack([held[i * 32 :][:32] for i in chosen])))
+    # Every document was labelled from its own beginning, wherever a block cuts it.
+    place, expected = 0, np.zeros(len(held), int)
+    for i, token in enumerate(held):
+        is_end = token == small_tokenizer.eos_token_id
+        expected[i], place = (depth_script.OTHER, 0) if is_end else (place % 7, place + 1)
+    assert sample.kinds.tolist() == [expected[i * 32 :][:32].tolist() for i in chosen]
+    assert "aparta" in sample.origin
+
+
+def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, workplace):
+    (workplace / "uno.py").write_text(CODE * 4)
+    sample = depth_script.held_out_blocks(small_tokenizer, "uno.py", 16, 64)
+    assert len(sample.ids) > 2 and "entero" in sample.origin
+    (workplace / "dos.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="demasiado corto"):
+        depth_script.held_out_blocks(small_tokenizer, "dos.py", 16, 64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_ngrams_are_told_apart_exactly():
+    ids = np.random.default_rng(0).integers(0, 5, (4, 30))
+    codes = depth_script.ngram_codes(ids, pad=3, max_order=4)
+    for order in (2, 3, 4):
+        padded = [[3] * (order - 1) + row.tolist() for row in ids]
+        true = [tuple(row[t : t + order]) for row in padded for t in range(30)]
+        pairs = set(zip(true, codes[order].ravel().tolist()))
+        assert len(pairs) == len(set(true)) == codes[order].max() + 1
+
+
+@torch.no_grad()
+def test_collisions_and_untrained_lookups_counted_by_hand(make_model):
+    model = make_model()
+    tables, config = model.model.engram_tables, model.config
+    tables["1"].weight[::3] = 0
+    ids = random_ids(model, 4, 50)
+    sample = depth_script.Sample(ids, torch.zeros(4, 50), torch.zeros(4, 50), np.zeros(0, np.uint16), "")
+    health = depth_script.table_health(model, sample)
+    indices = model.model.ngram_indices(ids)[1]
+    for head, found in enumerate(health["capas"]["1"]):
+        order = 2 + head // config.n_head_per_ngram
+        rows_of = {}
+        for b in range(4):
+            padded = [config.engram_pad_id] * (order - 1) + ids[b].tolist()
+            for t in range(50):
+                rows_of.setdefault(indices[b, t, head].item(), []).append(tuple(padded[t : t + order]))
+        distinct = {row: len(set(ngrams)) for row, ngrams in rows_of.items()}
+        total = sum(distinct.values())
+        assert (found["orden"], found["filas_leidas"]) == (order, len(rows_of))
+        assert found["ngramas_que_chocan"] == pytest.approx(sum(n for n in distinct.values() if n > 1) / total)
+        expected = sum(len(rows_of[row]) for row, n in distinct.items() if n > 1) / 200
+        assert found["consultas_que_chocan"] == pytest.approx(expected)
+        assert abs(found["ngramas_que_chocan"] - found["previsto"]) < 0.15
+        first = int(model.model.engram_hash.offsets[0, head])
+        zero = sum(len(ngrams) for row, ngrams in rows_of.items() if (first + row) % 3 == 0) / 200
+        assert found["sin_entrenar"] == pytest.approx(zero)
+        own = tables["1"].weight[first : first + found["filas"]]
+        norms = own[own.any(1)].norm(dim=1)
+        assert found["norma"] == pytest.approx(norms.mean().item(), rel=1e-5)
+        assert found["filas_entrenadas"] == pytest.approx(len(norms) / len(own))
+    assert health["entrenamiento"] == {"tokens": 0, "ngramas": {}}
+
+
+def test_foretold_sharing_is_what_chance_gives():
+    rng = np.random.default_rng(0)
+    throws = [rng.integers(0, 50, 40) for _ in range(400)]
+    shared = np.mean([np.mean([Counter(throw.tolist())[row] > 1 for row in throw]) for throw in throws])
+    assert depth_script.foretold_sharing(40, 50) == pytest.approx(shared, abs=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_model, small_tokenizer):
+    """A folder with `uno` (memory), `uno-control` (another plain Phi), `vacio` (its memory all zero)."""
+    place, size = tmp_path_factory.mktemp("models"), len(small_tokenizer)
+    shape = dict(vocab_size=size, eos_token_id=small_tokenizer.eos_token_id)
+    model = make_model(tokenizer=small_tokenizer, engram_tokenizer_compression=True, **shape)
+    model.save_pretrained(place / "uno")
+    with torch.no_grad():
+        for table in model.model.engram_tables.values():
+            table.weight.zero_()
+    model.save_pretrained(place / "vacio")
+    make_phi(3, **shape).save_pretrained(place / "uno-control")
+    for name in ("uno", "vacio", "uno-control"):
+        small_tokenizer.save_pretrained(place / name)
+    (place / "texto.py").write_text(CODE * 60)
+    return place
+
+
+def run_main(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        run_script(verify_phi_engram.main, list(map(str, arguments)))
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    return exit.value.code, output.out, output.err
+
+
+def test_command_leaves_pictures_numbers_and_report(capsys, models, workplace):
+    code, out, err = run_main(capsys, "--profundidad", models / "uno", "--datos", models / "texto.py", "--bloques", 6)
+    assert code == 0, err
+    assert "uno-control" in out and "profundidad/informe.md" in out
+    place = workplace / "profundidad"
+    pictures = set(dict(depth_script.PICTURES))
+    assert {file.name for file in place.iterdir()} == {*pictures, "numeros.json", "informe.md"}
+    assert all((place / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    numbers = json.loads((place / "numeros.json").read_text(encoding="utf-8"))
+    assert numbers["tokens"] == 6 * 256 and numbers["gemelo"] == "control"
+    assert set(numbers["ablacion"]["todos"]["cambios"]) == {"sin memoria", "sin orden 2", "sin orden 3", "gemelo"}
+    assert "señal" in "".join(numbers["puertas"]["trozos"])  # characters cut between tokens come out whole
+    assert len(numbers["puertas"]["trozos"]) == len(numbers["puertas"]["alfa"]["1"]) == 256
+    assert sum(one["tokens"] for kind, one in numbers["ablacion"].items() if kind != "todos") == 6 * 255
+    assert "diferencia" in numbers["logitlens"] and numbers["cka"]["nombres"]["minilotes"] == 1
+    report = (place / "informe.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((.*?)\)", report)) == pictures
+    assert not re.search(r"\bnan\b", report) and not re.search(r"\d\.\d(?!\d\d)", report)  # decimals the Spanish way
+    # Again, over its own results; then a strange file stops it.
+    (place / "mío.txt").write_text("x")
+    code, _, err = run_main(capsys, "--profundidad", models / "uno", "--datos", models / "texto.py")
+    assert code == 1 and "mío.txt" in err and (place / "numeros.json").exists()
+
+
+def test_an_empty_memory_shows_no_effect_anywhere(models, workplace, monkeypatch):
+    quick = tuple((name, depth_script.draw_lens) for name, _ in depth_script.PICTURES)
+    monkeypatch.setattr(depth_script, "PICTURES", quick)
+    for _ in range(2):  # the second run replaces the first one's folder
+        numbers = depth_script.depth(str(models / "vacio"), source=str(models / "texto.py"), n_blocks=4)
+    assert numbers["gemelo"] == "sin memoria"
+    assert all(pair == (0, 0) for pair in numbers["logitlens"]["diferencia"])
+    assert numbers["logitlens"]["modelo"] == numbers["logitlens"]["gemelo"]
+    for key in depth_script.PROBES:
+        found = numbers["cka"][key]
+        assert [found["matriz"][s][s] for s in range(5)] == pytest.approx([1] * 5)
+        assert found["alineacion"] == pytest.approx(found["propia"])
+    for one in numbers["ablacion"].values():
+        assert all(pair == (0, 0) for pair in one["cambios"].values())
+    for found in numbers["puertas"]["capas"].values():
+        assert found["minima"] == pytest.approx(0.5, abs=3e-4) and found["maxima"] == pytest.approx(0.5, abs=3e-4)
+    for heads in numbers["tablas"]["capas"].values():
+        assert all(head["sin_entrenar"] == 1 and head["filas_entrenadas"] == head["norma"] == 0 for head in heads)
+    report = (workplace / "profundidad" / "informe.md").read_text(encoding="utf-8")
+    assert "no cambia nada: está vacía" in report and "No hay ninguna diferencia" in report
+
+
+def test_loss_is_that_of_train_model(models, workplace, small_tokenizer):
+    from load_phi_engram import open_model
+
+    sample = depth_script.held_out_blocks(small_tokenizer, str(models / "texto.py"), 8, 64)
+    model, _ = open_model(str(models / "uno"))
+    corpus = train_phi_engram.Corpus("", sample.train, sample.ids.flatten().numpy(), 1.0, 1, [], "")
+    recipe = train_phi_engram.Recipe(0, (0, 0), (0, 0), batch=2, length=64)
+    numbers = depth_script.analyse(model, None, small_tokenizer, sample)
+    expected = train_phi_engram.evaluate(model, corpus, recipe, "cpu")["loss"]
+    assert numbers["ablacion"]["todos"]["perdida"] == pytest.approx(expected, rel=1e-5)
+    with depth_script.memory_off(model):
+        off = train_phi_engram.evaluate(model, corpus, recipe, "cpu")["loss"]
+    assert numbers["ablacion"]["todos"]["cambios"]["sin memoria"][0] == pytest.approx(off - expected, abs=1e-5)
+
+
+def test_reports_say_what_the_numbers_say():
+    def lens_report(*gaps):
+        states = {"kl": [1.0] * len(gaps), "acuerdo": [0.5] * len(gaps)}
+        found = {"modelo": states, "gemelo": states, "diferencia": gaps}
+        numbers = {"gemelo": "control", "logitlens": found, "puertas": {"capas": {"1": {}}}}
+        return "\n".join(depth_script.report_lens(numbers))
+
+    assert "Se ve lo que dice" in lens_report((-0.1, 0.01), (-0.1, 0.01), (0.3, 0.01))
+    mixed = lens_report((-0.1, 0.01), (0.1, 0.01), (0, 0))
+    assert "**No se ve" in mixed and "Más baja en: entrada. Más alta en: 0." in mixed
+    assert "**No se ve" in lens_report((-0.1, 0.01), (-0.1, 0.09), (0, 0))  # within two errors
+    assert "no cambia nada" in lens_report((0, 0), (0, 0), (0, 0))
+    assert depth_script.signed(-0.0001) == "0,000" and depth_script.signed(-1.25, 1) == "−1,2"
+    assert depth_script.visible("a `\n|") == "`a·ˋ↵¦`"
+
+
+def test_twins_that_do_not_fit(capsys, models, workplace, small_tokenizer, make_model):
+    for name, change in (("otra", dict(num_hidden_layers=3)), ("vocabulario", dict(vocab_size=2200))):
+        make_phi(**{"vocab_size": len(small_tokenizer), **change}).save_pretrained(workplace / name)
+        small_tokenizer.save_pretrained(workplace / name)
+    shutil.copytree(models / "uno-control", workplace / "tokenizer")
+    state = json.loads((workplace / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = state["model"]["vocab"]
+    a, b = list(vocabulary)[400:402]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (workplace / "tokenizer" / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    for name in ("otra", "vocabulario", "tokenizer"):
+        code, _, err = run_main(capsys, "--profundidad", models / "uno", "--contra", workplace / name)
+        assert code == 1 and "no es comparable" in err, name
+    code, _, err = run_main(capsys, "--profundidad", models / "uno", "--contra", models / "vacio")
+    assert code == 1 and "sin memoria (model_type phi)" in err
+    assert not list(workplace.glob("*profundidad*"))
+
+
+def test_flags_that_go_together(capsys, models):
+    for flags in (("--contra", "x"), ("--modelo", "x", "--profundidad", "x"), ("--profundidad", "x", "--bloques", "0")):
+        code, _, err = run_main(capsys, *flags)
+        assert code == 2 and "❌" in err
+    code, _, err = run_main(capsys, "--profundidad", models / "no-está")
+    assert code == 1 and err.startswith("❌ No existe la carpeta")
+
+
+def test_without_matplotlib(capsys, models, monkeypatch, workplace):
+    monkeypatch.setitem(depth_script.sys.modules, "matplotlib", None)
+    code, _, err = run_main(capsys, "--profundidad", models / "uno")
+    assert code == 1 and "pip install matplotlib" in err and not list(workplace.glob("*profundidad*"))
