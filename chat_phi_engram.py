@@ -36,6 +36,7 @@ try:
         spanish,
         unaccented,
     )
+    from phi1_engram import EngramFileError
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -441,7 +442,7 @@ def guarded(say, action, *arguments) -> bool:
     failure = None
     try:
         action(*arguments)
-    except UserError as error:
+    except (UserError, EngramFileError) as error:
         failure = f"❌ {error}"
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -36,7 +36,15 @@ try:
     from huggingface_hub import errors as hub_errors
     from safetensors import SafetensorError
 
-    from phi1_engram import MEMORY_FILE, PHI_1, PLACES, PRECISIONS, PhiEngramConfig, PhiEngramForCausalLM
+    from phi1_engram import (
+        MEMORY_FILE,
+        PHI_1,
+        PLACES,
+        PRECISIONS,
+        EngramFileError,
+        PhiEngramConfig,
+        PhiEngramForCausalLM,
+    )
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -104,6 +112,8 @@ def run_script(main, argv=None):
         message, code = f"❌ {error}", 1
     except KeyboardInterrupt:
         message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
+    except EngramFileError as error:
+        message, code = f"❌ {error}", 1
     except OSError as error:
         if error.errno not in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -246,7 +256,7 @@ def explained(name):
     try:
         with quiet():
             yield
-    except UserError:
+    except (UserError, EngramFileError):
         raise
     except Exception as error:
         raise UserError(_explanation(error, name)) from error

@@ -400,6 +400,10 @@ def unpack(rows: torch.Tensor) -> torch.Tensor:
     return rows[..., :-SCALE_BYTES].float() * scale
 
 
+class EngramFileError(OSError):
+    """A file of the memory cannot be used; the text says in Spanish why."""
+
+
 class TableFile:
     """Rows inside a safetensors file, each read when it is asked for.
 
@@ -409,7 +413,7 @@ class TableFile:
         path: the file. key: its tensor. n_rows, d_head: what the table has to hold.
         mate: digest of the dense weights beside which the rows are used; compared where the file keeps one.
     Raises:
-        OSError: unreadable, truncated, of another shape, or not the rows that were saved here.
+        EngramFileError: unreadable, truncated, of another shape, or not the rows that were saved here.
     """
 
     def __init__(self, path, key: str, n_rows: int, d_head: int, mate: str | None = None):
@@ -439,8 +443,8 @@ class TableFile:
     def __reduce__(self):  # a copy opens the file anew
         return TableFile, self.arguments
 
-    def _bad(self, why: str) -> OSError:
-        return OSError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
+    def _bad(self, why: str) -> EngramFileError:
+        return EngramFileError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
 
     def _at(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
@@ -460,12 +464,15 @@ class TableFile:
         size, descriptor, pieces = self.row_bytes, self.file.fileno(), []
         offsets = (row_ids * size + self.start).tolist()
         clock, watched = time.perf_counter(), len(offsets) > 64 and hasattr(os, "posix_fadvise")
-        for i, offset in enumerate(offsets):
-            pieces.append(os.pread(descriptor, size, offset))
-            if i == 31 and watched and time.perf_counter() - clock > 2e-3:
-                # That came from the disk, not from its cache: let it work on all of them at once.
-                for later in offsets[i:]:
-                    os.posix_fadvise(descriptor, later, size, os.POSIX_FADV_WILLNEED)
+        try:
+            for i, offset in enumerate(offsets):
+                pieces.append(os.pread(descriptor, size, offset))
+                if i == 31 and watched and time.perf_counter() - clock > 2e-3:
+                    # That came from the disk, not from its cache: let it work on all of them at once.
+                    for later in offsets[i:]:
+                        os.posix_fadvise(descriptor, later, size, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise self._bad(f"el disco ha fallado ({error.strerror})") from error
         data = bytearray().join(pieces)
         if len(data) != len(offsets) * size:
             raise self._bad("se ha cortado mientras estaba abierto")
@@ -521,8 +528,15 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
             os.remove(temporary)
 
 
-# One thread for all tables: rows come in the order in which layers need them.
-_reader = ThreadPoolExecutor(1, thread_name_prefix="engram")
+def _new_reader():
+    """One thread for all tables: rows come in the order in which layers need them."""
+    global _reader
+    _reader = ThreadPoolExecutor(1, thread_name_prefix="engram")
+
+
+_new_reader()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_reader)  # a thread does not come along
 
 
 class EngramTable(nn.Module):
@@ -718,11 +732,11 @@ class EngramShortConv(nn.Module):
         """[B, d, history + T] -> [B, T, d]."""
         length = x.shape[-1] - self.history
         # A sum of shifted products gives the same bits whatever T is, so that cached steps equal the whole.
-        taps = [
-            x[..., k * self.dilation : k * self.dilation + length].transpose(1, 2) * self.weight[:, 0, k]
-            for k in range(self.weight.shape[-1])
-        ]
-        return sum(taps[1:], taps[0])
+        output = x[..., :length].transpose(1, 2) * self.weight[:, 0, 0]
+        for k in range(1, self.weight.shape[-1]):
+            first = k * self.dilation
+            output.add_(x[..., first : first + length].transpose(1, 2) * self.weight[:, 0, k])
+        return output
 
 
 class EngramLayer(nn.Module):
@@ -757,7 +771,7 @@ class EngramLayer(nn.Module):
             gated = gated.masked_fill(~real[..., None], 0)
         conv_input = self.conv_norm(gated).to(hidden.dtype).transpose(1, 2)  # [B, d, T]
         conv_input = with_history(conv_input, self.conv.history, cache, self.layer_idx, state_idx=0)
-        return F.silu(self.conv(conv_input)) + gated
+        return F.silu(self.conv(conv_input), inplace=not torch.is_grad_enabled()).add_(gated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1195,7 +1209,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
                 needed), or "auto", the fastest that fits into what is free.
         Raises:
-            ValueError: no such place. OSError: a file of the memory that is not what was saved.
+            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
         """
         if engram_storage not in PLACES:
             raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")

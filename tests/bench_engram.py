@@ -1,6 +1,6 @@
 """Speed beside transformers' own Phi of the same shape, in the same run.
 
-    python tests/bench_engram.py                # hidden 512 x 8 layers, every place and precision: about ten minutes
+    python tests/bench_engram.py                # hidden 512 x 8 layers, every place and precision: about fifteen minutes
     python tests/bench_engram.py --rapido       # two places, fewer repetitions: about two minutes
     python tests/bench_engram.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
     python tests/bench_engram.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
@@ -27,7 +27,19 @@ from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_phi_engram import SpanishParser, gigabytes, run_script, spanish  # noqa: E402
-from phi1_engram import TABLE_FILE, PhiEngramConfig, PhiEngramForCausalLM, pack, write_table  # noqa: E402
+from phi1_engram import (  # noqa: E402
+    TABLE_FILE,
+    EngramHash,
+    EngramTable,
+    PhiEngramConfig,
+    PhiEngramForCausalLM,
+    PhiRotaryEmbedding,
+    TableFile,
+    choose_place,
+    head_primes,
+    pack,
+    write_table,
+)
 
 SMALL = dict(
     vocab_size=51200, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
@@ -36,6 +48,7 @@ SMALL = dict(
 PLACES = ("ram", "disco")
 PHI_1 = dict(vocab_size=51200, eos_token_id=50256)  # PhiConfig's defaults are its shape
 MEMORY = dict(n_embed_per_ngram=512, n_head_per_ngram=8, engram_tokenizer_compression=False)
+D_HEAD = 64
 ROWS = 256_000  # per head: 4.1 million slots
 DECODED = 32  # tokens per decoding measurement
 # Opens a checkpoint as a new process does, and tells seconds, peak and resident memory beyond the libraries'.
@@ -62,42 +75,59 @@ print(seconds, (kilobytes("VmHWM") - before) / 1e3, (kilobytes("VmRSS") - before
 
 
 def pair(shape: dict, layers: list[int]):
-    """Plain Phi, and the same weights with a memory that has no rows yet."""
+    """Plain Phi, and Phi with a memory that has no rows yet, on the very same weights."""
     torch.manual_seed(0)
     plain = PhiForCausalLM(PhiConfig(**shape)).eval()
-    config = PhiEngramConfig(**shape, **MEMORY, engram_layer_ids=layers, engram_vocab_size=[ROWS, ROWS])
-    ours = PhiEngramForCausalLM(config, empty_tables=True).eval()
-    ours.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "engram.conv.weight" in name:
-                parameter.normal_(0, 0.02)
+    with torch.device("meta"):  # no second copy
+        ours = PhiEngramForCausalLM(config(shape, layers, ROWS), empty_tables=True).eval()
+    for layer_id in layers:
+        ours.model.layers[layer_id].engram.to_empty(device="cpu").apply(ours._init_weights)
+        torch.nn.init.normal_(ours.model.layers[layer_id].engram.conv.weight, 0, 0.02)
+    ours.model.rotary_emb = PhiRotaryEmbedding(ours.config)
+    ours.load_state_dict(plain.state_dict(), strict=False, assign=True)
     return plain, ours
 
 
-def save(model, folder, rows: int, dtype: torch.dtype):
-    """A checkpoint with every row filled, `rows` per head, written a part at a time."""
-    config = PhiEngramConfig.from_dict({**model.config.to_dict(), "engram_vocab_size": [rows, rows]})
-    other = PhiEngramForCausalLM(config, empty_tables=True)
-    hashed = {name for name in model.state_dict() if "engram_hash" in name}
-    other.load_state_dict({k: v for k, v in model.state_dict().items() if k not in hashed}, strict=False)
-    super(PhiEngramForCausalLM, other).save_pretrained(folder)
-    for layer_id, table in other.model.engram_tables.items():
+def config(shape: dict, layers: list[int], rows: int) -> PhiEngramConfig:
+    return PhiEngramConfig(**shape, **MEMORY, engram_layer_ids=layers, engram_vocab_size=[rows, rows])
+
+
+def write_tables(ours, folder, rows: int, dtype: torch.dtype):
+    """The files of a memory with every row filled, `rows` per head, written a part at a time."""
+    Path(folder).mkdir()
+    for layer_id, primes in zip(ours.config.engram_layer_ids, head_primes(with_rows(ours, rows))):
         # One block of numbers, again and again: what is measured does not look at them.
-        block = pack(torch.randn(2**17, table.d_head) * 0.02, dtype)
-        chunks = (block[: min(2**17, table.n_rows - first)] for first in range(0, table.n_rows, 2**17))
-        key, mate = f"model.engram_tables.{layer_id}.weight", other._mate(layer_id)
-        path = Path(folder, TABLE_FILE.format(layer_id))
-        write_table(path, key, chunks, dtype, table.n_rows, table.d_head, mate)
+        block = pack(torch.randn(2**17, D_HEAD) * 0.02, dtype)
+        n_rows = sum(map(sum, primes))
+        chunks = (block[: min(2**17, n_rows - first)] for first in range(0, n_rows, 2**17))
+        key, mate = f"model.engram_tables.{layer_id}.weight", ours._mate(layer_id)
+        write_table(Path(folder, TABLE_FILE.format(layer_id)), key, chunks, dtype, n_rows, D_HEAD, mate)
+
+
+def with_rows(ours, rows: int) -> PhiEngramConfig:
+    return PhiEngramConfig.from_dict({**ours.config.to_dict(), "engram_vocab_size": [rows, rows]})
+
+
+def write_backbone(ours, folder, rows: int):
+    """The rest of the checkpoint whose tables lie in `folder`."""
+    other = PhiEngramForCausalLM(with_rows(ours, rows), empty_tables=True)
+    state = {name: tensor for name, tensor in ours.state_dict().items() if "engram_hash" not in name}
+    other.load_state_dict(state, strict=False)
+    super(PhiEngramForCausalLM, other).save_pretrained(folder)
 
 
 class Variant:
     """The memory in one place and precision; the backbone is shared."""
 
-    def __init__(self, ours, folder, place, prefetch=True):
-        opened = PhiEngramForCausalLM.from_pretrained(folder, engram_storage=place)
-        self.ours, self.hash, self.tables = ours, opened.model.engram_hash, opened.model.engram_tables
-        for table in self.tables.values():
+    def __init__(self, ours, folder, rows, place, prefetch=True):
+        settings = with_rows(ours, rows)
+        self.ours, self.hash, self.tables = ours, EngramHash(settings), torch.nn.ModuleDict()
+        self.hash.reset_buffers()
+        for layer_id, primes in zip(settings.engram_layer_ids, head_primes(settings)):
+            table = self.tables[str(layer_id)] = EngramTable(sum(map(sum, primes)), D_HEAD, empty=True)
+            path = Path(folder, TABLE_FILE.format(layer_id))
+            table.file = TableFile(path, f"model.engram_tables.{layer_id}.weight", table.n_rows, D_HEAD)
+            table.settle(place)
             table.prefetches = prefetch
 
     def __call__(self):
@@ -198,18 +228,19 @@ def small(results, work, quick):
     precisions = ["float32"] if quick else ["float32", "float16", "bfloat16", "int8"]
     print("Escribiendo las tablas …", flush=True)
     for precision in precisions:
-        save(ours, work / precision, ROWS, getattr(torch, precision))
+        write_tables(ours, work / precision, ROWS, getattr(torch, precision))
+        write_backbone(ours, work / precision, ROWS)
     plain.save_pretrained(work / "plain")
 
     def off():
         ours.model.use_memory = False
         return ours
 
-    places = {f"{place}, {name}": Variant(ours, work / name, place) for name in precisions for place in PLACES}
+    places = {f"{place}, {name}": Variant(ours, work / name, ROWS, place) for name in precisions for place in PLACES}
     last = precisions[-1]
-    places[f"disco, {last}, sin adelantar la lectura"] = Variant(ours, work / last, "disco", prefetch=False)
+    places[f"disco, {last}, sin adelantar la lectura"] = Variant(ours, work / last, ROWS, "disco", prefetch=False)
     models = {"Phi de transformers": lambda: plain, "memoria apagada": off, **places}
-    repetitions = 7 if quick else 15
+    repetitions = 7 if quick else 9
     measured = results["512x8"] = {}
     for name, measure, arguments in (
         ("prefill 1×512", prefill, (1, 512)), ("prefill 4×512", prefill, (4, 512)),
@@ -238,28 +269,30 @@ def by_slots(results, work, ours, repetitions):
     """Decoding with tables of different sizes, against the smallest."""
     sizes = [260_000, 2_600_000, 26_000_000]
     for size in sizes:
-        save(ours, work / f"slots-{size}", size // 16, torch.int8)
+        write_tables(ours, work / f"slots-{size}", size // 16, torch.int8)
     measured = results["slots"] = {}
     for place in PLACES:
-        models = {f"{size:.1e} filas": Variant(ours, work / f"slots-{size}", place) for size in sizes}
+        models = {f"{size:.1e} filas": Variant(ours, work / f"slots-{size}", size // 16, place) for size in sizes}
         measured[f"{place}, int8, decodificar, lote 1"] = compare(decode, models, 2 * repetitions, 1)
     table("Según el tamaño de la tabla (filas por capa)", measured)
 
 
 def phi_1(results, work, quick):
     plain, ours = pair(PHI_1, [1, 15])
-    print("Escribiendo la tabla …", flush=True)
-    save(ours, work / "phi1", ROWS, torch.float16)
-    variant = Variant(ours, work / "phi1", "auto")
+    write_tables(ours, work / "phi1", ROWS, torch.float16)
+    size = sum(path.stat().st_size for path in (work / "phi1").iterdir())
+    place, reason = choose_place("auto", size, 0, True)
+    print(f"auto: {place}, {reason}", flush=True)
+    variant = Variant(ours, work / "phi1", ROWS, place)
 
     def off():
         ours.model.use_memory = False
         return ours
 
-    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, "auto, float16": variant}
+    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, f"auto ({place}), float16": variant}
     measured = results["phi-1"] = {
-        "prefill 1×256": compare(prefill, models, 3 if quick else 9, 1, 256),
-        "decodificar, lote 1": compare(lambda model: decode(model, 1, 4), models, 3 if quick else 9),
+        "prefill 1×256": compare(prefill, models, 3 if quick else 7, 1, 256),
+        "decodificar, lote 1": compare(lambda model: decode(model, 1, 4), models, 3 if quick else 7),
     }
     table("La forma de Phi-1 (1.400 millones, float32), memoria en 1 y 15; entre paréntesis, cuartiles", measured)
 
@@ -268,7 +301,9 @@ def giant(results, work, quick):
     """2.6e8 slots, int8: 17.7 GB per layer, more than the RAM keeps of it."""
     plain, ours = pair(SMALL, [1, 4])
     print("Escribiendo 35 GB …", flush=True)
-    save(ours, work / "giant", 260_000_000 // 16, torch.int8)
+    rows = 260_000_000 // 16
+    write_tables(ours, work / "giant", rows, torch.int8)
+    write_backbone(ours, work / "giant", rows)
     plain.save_pretrained(work / "plain")
     alone, row = opening(work / "plain", "plain"), opening(work / "giant", "disco")
     size = sum(path.stat().st_size for path in (work / "giant").glob("model-engram-*"))
@@ -278,7 +313,7 @@ def giant(results, work, quick):
         f"memoria {spanish(row['resident'] - alone['resident'])} MB más que Phi solo.", flush=True
     )  # fmt: skip
     results["giant"] = {"abrir": row}
-    giant = {name: Variant(ours, work / "giant", "disco", name == "adelantando la lectura")
+    giant = {name: Variant(ours, work / "giant", rows, "disco", name == "adelantando la lectura")
              for name in ("sin adelantar la lectura", "adelantando la lectura")}  # fmt: skip
     for path in (work / "giant").glob("model-engram-*"):
         with open(path, "rb") as file:

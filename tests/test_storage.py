@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import chat_phi_engram as chat_script
 import helpers
+import load_phi_engram as load_script
 import phi1_engram
+import train_phi_engram as train_script
+import verify_phi_engram as verify_script
 from hub import Hub
-from phi1_engram import PRECISIONS, PhiEngramForCausalLM, TableFile, pack, unpack
+from load_phi_engram import open_model, run_script
+from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, TableFile, pack, unpack
 
 PLACES = ["ram", "disco"] + ["gpu"] * torch.cuda.is_available()
 WAYS = {
@@ -180,6 +186,18 @@ def test_compiled_from_ram_and_said_of_the_disk(saved):
         torch.testing.assert_close(parts(ids).logits, logits(model, ids), rtol=0, atol=1e-5)
 
 
+def test_a_forked_process_reads_too(saved):
+    _, folders = saved
+    model = opened(folders["float32"], "disco")
+    ids = helpers.random_ids(model, 1, 9)
+    expected = logits(model, ids)  # the reading thread is there now
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that waits for ever is a failure, not a hang
+        os._exit(0 if torch.equal(logits(model, ids), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monkeypatch):
     import threading
 
@@ -330,7 +348,7 @@ def test_a_file_that_is_cut_while_open_is_an_error_and_no_dead_process(saved, tm
     ids = helpers.random_ids(model, 1, length)
     logits(there, ids)
     os.truncate(tmp_path / "it" / "model-engram-1.safetensors", 5000)
-    with pytest.raises(OSError, match="se ha cortado mientras estaba abierto"):
+    with pytest.raises(EngramFileError, match="se ha cortado mientras estaba abierto"):
         logits(there, ids)
 
 
@@ -509,3 +527,100 @@ def test_memory_goes_to_the_hub_and_comes_back(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "engram_memory.safetensors" in hub.repos["usuario/memoria"] and hub.private["usuario/memoria"]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(second, ids), rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the scripts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, phi_folder):
+    """A folder with a grafted Phi in `base/` and the same with a trained memory in `trained/`."""
+    monkeypatch.chdir(tmp_path)
+    run(load_script, "--modelo", str(phi_folder), "--capas", "1", "--filas", "500", "--salida", "base")
+    model, tokenizer = open_model("base")
+    with torch.no_grad():
+        model.model.engram_tables["1"].weight[100:300].normal_()
+        model.model.layers[1].engram.conv.weight.normal_()
+    model.save_pretrained("trained"), tokenizer.save_pretrained("trained")
+    return tmp_path
+
+
+def run(script, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        run_script(script.main, [str(argument) for argument in arguments])
+    return exit.value.code
+
+
+def test_load_converts_and_takes_the_memory_alone(here, capsys):
+    ids = torch.arange(40)[None] + 300
+    expected = logits(open_model("trained")[0], ids)
+    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "small") == 0
+    small, tokenizer = open_model("small")
+    assert small.model.engram_tables["1"].dtype == torch.int8 and len(tokenizer) == 50295
+    assert (logits(small, ids) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
+    assert os.listdir("alone") == ["engram_memory.safetensors"]
+    assert run(load_script, "--modelo", "base", "--cambiar-memoria", "alone", "--salida", "again") == 0
+    assert torch.equal(logits(open_model("again")[0], ids), expected)
+    assert "✅ Memoria cambiada" in capsys.readouterr().out
+    # The folder of a memory may be written over by another, a folder with other things may not.
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", ".") == 1
+    assert "no la voy a pisar" in capsys.readouterr().err
+
+
+def test_load_says_what_cannot_be(here, capsys):
+    for arguments, words in (
+        (["--modelo", "trained", "--precision-memoria", "int8", "--filas", "9", "--salida", "x"], "ya tiene memoria"),
+        (["--modelo", "trained", "--precision-memoria", "int4", "--salida", "x"], "elige entre"),
+        (["--modelo", "trained", "--cambiar-memoria", "base", "--salida", "x"], "no contiene engram_memory"),
+        (["--modelo", "trained", "--solo-memoria", "--precision-memoria", "int8"], "cambia antes su precisión"),
+    ):
+        assert run(load_script, *arguments) in (1, 2)
+        assert words in capsys.readouterr().err and not (here / "x").exists()
+
+
+@pytest.mark.parametrize("place", ["disco", "ram"])
+def test_verify_and_chat_take_the_place_and_another_memory(here, capsys, place):
+    run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone")
+    capsys.readouterr()
+    assert run(verify_script, "--modelo", "trained", "--memoria", place) == 0
+    out = capsys.readouterr().out
+    assert f"Memoria en {place}: ocupa" in out and "✅ Todo funciona" in out and "❌" not in out
+    assert ("solo se puede leer" in out) == (place == "disco")
+    assert run(verify_script, "--modelo", "base", "--memoria", place, "--cambiar-memoria", "alone") == 0
+    options = ["--memoria", place, "--pregunta", "hola", "--max-tokens", "3", "--temperatura", "0"]
+    answers = []
+    for more in (["--modelo", "trained"], ["--modelo", "base", "--cambiar-memoria", "alone"]):
+        capsys.readouterr()
+        assert run(chat_script, *more, *options) == 0
+        said = capsys.readouterr()
+        answers.append(said.out)
+    assert answers[0] == answers[1] and "Memoria en" in said.err
+    assert run(chat_script, "--modelo", "trained", "--memoria", "disc") == 2
+    assert run(verify_script, "--memoria", "disco") == 2
+
+
+def test_a_file_that_goes_bad_during_a_chat_is_a_sentence(here, capsys, monkeypatch):
+    model, tokenizer = open_model("trained", storage="disco")
+    os.truncate("trained/model-engram-1.safetensors", 5000)
+    questions = iter(["hola", "salir"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    chat_script.run_chat(model, tokenizer, max_tokens=3)
+    assert "❌ El archivo de la memoria" in capsys.readouterr().err
+    assert run(chat_script, "--modelo", "trained", "--pregunta", "hola") == 1
+    assert "está a medias" in capsys.readouterr().err
+
+
+def test_train_asks_for_rows_that_can_be_written(here, capsys):
+    (here / "codigo.py").write_text("def f(x):\n    return x + 1\n" * 400)
+    run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "small")
+    options = ["--datos", "codigo.py", "--longitud", "16", "--lote", "1", "--acumular", "1", "--pasos-fase1", "1"]
+    options += ["--pasos-fase2", "0", "--salida", "out"]
+    assert run(train_script, "--modelo", "small", "--memoria", "disco", *options) == 1
+    assert "usa --memoria ram" in capsys.readouterr().err
+    assert run(train_script, "--modelo", "small", *options) == 0
+    tables = open_model("out")[0].model.engram_tables
+    assert tables["1"].dtype == torch.float32
