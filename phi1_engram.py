@@ -1198,6 +1198,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        if empty_tables:  # transformers need not know of what is read apart
+            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
         self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.post_init()
 

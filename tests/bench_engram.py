@@ -1,6 +1,6 @@
 """Speed beside transformers' own Phi of the same shape, in the same run.
 
-    python tests/bench_engram.py                # hidden 512 x 8 layers, every place and precision: about fifteen minutes
+    python tests/bench_engram.py            # hidden 512 x 8 layers; every place and precision: a quarter of an hour
     python tests/bench_engram.py --rapido       # two places, fewer repetitions: about two minutes
     python tests/bench_engram.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
     python tests/bench_engram.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk

@@ -259,7 +259,9 @@ def test_tables_among_the_other_tensors_are_found(saved, tmp_path, sharded):
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     ids = helpers.random_ids(model, 1, 9)
     for place in PLACES:
-        assert torch.equal(logits(opened(tmp_path, place), ids), logits(model, ids))
+        there, info = opened(tmp_path, place, output_loading_info=True)
+        assert torch.equal(logits(there, ids), logits(model, ids))
+        assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_saving_over_the_folder_that_is_being_read(saved, tmp_path):
