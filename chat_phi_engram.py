@@ -86,6 +86,32 @@ OUT_OF_MEMORY = (
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+_asked = []  # a signal for each Ctrl-C since the last `interruptible` began
+
+
+@contextmanager
+def interruptible():
+    """Meanwhile the first Ctrl-C stops an answer after the present token, and the second at once.
+
+    As an exception it could come up inside a library's callback, and be lost there.
+    """
+    _asked.clear()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def ask(number, frame):
+        _asked.append(number)
+        if len(_asked) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Answer(StoppingCriteria):
     """Streams an answer word by word, and stops it where the model starts to speak for the user.
 
@@ -105,6 +131,7 @@ class Answer(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         self.ids = input_ids
+        self.cut = bool(_asked)
         stop = self._show(final=False) or self.cut
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
@@ -112,27 +139,6 @@ class Answer(StoppingCriteria):
         """Show the last word. Returns the whole answer."""
         self._show(final=True)
         return self.text
-
-    @contextmanager
-    def interruptible(self):
-        """Meanwhile the first Ctrl-C stops after the present token, and the second at once.
-
-        As an exception it could come up inside a library's callback, and be lost there.
-        """
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-            yield
-            return
-
-        def cut(number, frame):
-            if self.cut:
-                raise KeyboardInterrupt
-            self.cut = True
-
-        before = signal.signal(signal.SIGINT, cut)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def pieces(self) -> list[tuple[str, int]]:
         """What has been shown, cut where its tokens are: (text, position of its token in `ids`)."""
@@ -293,7 +299,7 @@ class Chat:
         self.question, self.given = question, answer if memory else None
         torch.manual_seed(question.seed % 2**63)
         try:
-            with answer.interruptible(), self.using(memory):
+            with self.using(memory):
                 self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
                 )
@@ -499,12 +505,13 @@ def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATU
             word, argument = order(text)
             if word == "salir":
                 break
-            elif word:
-                guarded(say, obey, chat, word, argument, say)
-            elif text.strip():
-                if terminal:
-                    write(MODEL)
-                guarded(say, respond, chat, text if chat.code else text.strip(), say)
+            with interruptible():
+                if word:
+                    guarded(say, obey, chat, word, argument, say)
+                elif text.strip():
+                    if terminal:
+                        write(MODEL)
+                    guarded(say, respond, chat, text if chat.code else text.strip(), say)
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -582,8 +589,9 @@ def main(argv=None) -> int:
     try:
         if options.pregunta is None:
             run_chat(model, tokenizer, *settings)
-        elif not guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note):
-            return 1
+        else:
+            with interruptible():
+                return 0 if guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note) else 1
     except BrokenPipeError:  # whoever read the answers, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

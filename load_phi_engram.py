@@ -219,7 +219,7 @@ def check_output(output):
         reason = "ya existe y es un archivo, no una carpeta"
     elif foreign:
         reason = f"esa carpeta contiene «{foreign[0]}», que no es de este script, y no la voy a pisar"
-    elif entries and read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
+    elif entries not in ([], [MEMORY_FILE]) and read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
         reason = "ahí hay otro modelo y no lo voy a pisar"
     else:
         return

@@ -5,6 +5,7 @@ import pytest
 import helpers
 from phi1_engram import PhiEngramForCausalLM
 from test_generation import (  # noqa: F401
+    crops,
     no_grad,
     test_a_cache_cut_back,
     test_a_cache_kept_over_turns_of_a_chat,

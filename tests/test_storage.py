@@ -617,9 +617,11 @@ def test_a_file_that_goes_bad_during_a_chat_is_a_sentence(here, capsys, monkeypa
 
 
 def test_train_asks_for_rows_that_can_be_written(here, capsys):
-    (here / "codigo.py").write_text("def f(x):\n    return x + 1\n" * 400)
+    (here / "codigo").mkdir()
+    for i in range(40):
+        (here / "codigo" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 10)
     run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "small")
-    options = ["--datos", "codigo.py", "--longitud", "16", "--lote", "1", "--acumular", "1", "--pasos-fase1", "1"]
+    options = ["--datos", "codigo", "--longitud", "16", "--lote", "1", "--acumular", "1", "--pasos-fase1", "1"]
     options += ["--pasos-fase2", "0", "--salida", "out"]
     assert run(train_script, "--modelo", "small", "--memoria", "disco", *options) == 1
     assert "usa --memoria ram" in capsys.readouterr().err
