@@ -585,7 +585,7 @@ class EngramTable(nn.Module):
                 weight[first : first + len(rows)] = pack(unpack(rows), dtype)
                 first += len(rows)
         self.weight = nn.Parameter(weight, requires_grad=dtype.is_floating_point)
-        self._unchanged = self.weight._version if dtype == self.file.dtype else None
+        self._unchanged = self.weight._version
 
     def settle(self, place: str):
         """Put the rows in "gpu", "ram" or "disco".
@@ -657,12 +657,10 @@ class EngramTable(nn.Module):
 
     def forward(self, row_ids: torch.LongTensor) -> torch.Tensor:
         """int64 [B, T, H] in 0..n_rows-1 -> rows [B, T, H, d_head] of any floating type."""
-        if not self.writable:
-            return self._brought(row_ids) if self.stays else unpack(F.embedding(row_ids, self.weight))
-        if self.stays and not torch.is_grad_enabled():
+        if self.stays and not (self.writable and torch.is_grad_enabled()):
             return self._brought(row_ids)
-        rows = F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad)
-        return rows.to(row_ids.device)
+        rows = F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad and self.writable)
+        return unpack(rows).to(row_ids.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
