@@ -2,6 +2,7 @@
 
     python tests/bench_engram.py            # hidden 512 x 8 layers; every place and precision: a quarter of an hour
     python tests/bench_engram.py --rapido       # two precisions, fewer repetitions: about five minutes
+    python tests/bench_engram.py --tamanos      # decoding with tables of 2.6e5, 2.6e6 and 2.6e7 slots
     python tests/bench_engram.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
     python tests/bench_engram.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
     python tests/bench_engram.py --json medidas.json
@@ -261,19 +262,18 @@ def small(results, work, quick):
         beyond = f"{spanish(row['beyond'], 2)} s" if "beyond" in row else ""
         size = " | ".join(f"{spanish(row[key])} MB" for key in ("peak", "resident"))
         print(f"| {name} | {spanish(row['seconds'], 2)} s | {beyond} | {size} |", flush=True)
-    if not quick:
-        by_slots(results, work, ours, repetitions)
 
 
-def by_slots(results, work, ours, repetitions):
+def by_slots(results, work, quick):
     """Decoding with tables of different sizes, against the smallest."""
+    _, ours = pair(SMALL, [1, 4])
     sizes = [260_000, 2_600_000, 26_000_000]
     for size in sizes:
         write_tables(ours, work / f"slots-{size}", size // 16, torch.int8)
     measured = results["slots"] = {}
     for place in PLACES:
         models = {f"{size:.1e} filas": Variant(ours, work / f"slots-{size}", size // 16, place) for size in sizes}
-        measured[f"{place}, int8, decodificar, lote 1"] = compare(decode, models, 2 * repetitions, 1)
+        measured[f"{place}, int8, decodificar, lote 1"] = compare(decode, models, 15 if quick else 31, 1)
     table("Según el tamaño de la tabla (filas por capa)", measured)
 
 
@@ -333,6 +333,7 @@ def main(argv=None):
         epilog="Ejemplo: python tests/bench_engram.py --rapido --json medidas.json",
     )
     parser.add_argument("--rapido", action="store_true", help="menos variantes y repeticiones: unos cinco minutos")
+    parser.add_argument("--tamanos", "--tamaños", action="store_true", help="decodificar con tablas de tres tamaños")
     parser.add_argument("--phi1", action="store_true", help="la forma de Phi-1 en vez de 512 × 8: unos 12 GB de RAM")
     parser.add_argument("--gigante", action="store_true", help="una tabla de 35 GB en disco, leída en frío")
     parser.add_argument("--carpeta", help="dónde escribir las tablas (por defecto, la temporal del sistema)")
@@ -344,7 +345,7 @@ def main(argv=None):
     print(f"{machine}; float32.", flush=True)
     results = {"machine": machine}
     with tempfile.TemporaryDirectory(dir=options.carpeta) as work:
-        run = phi_1 if options.phi1 else giant if options.gigante else small
+        run = phi_1 if options.phi1 else giant if options.gigante else by_slots if options.tamanos else small
         run(results, Path(work), options.rapido)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
