@@ -279,6 +279,25 @@ def test_saving_over_the_folder_that_is_being_read(saved, tmp_path):
     assert not list((tmp_path / "it").glob("*.tmp"))
 
 
+def test_many_chunks_are_one_table(saved, tmp_path, monkeypatch):
+    """Tables larger than what is read or converted at a time, as all real ones are."""
+    model, folders = saved
+    ids = helpers.random_ids(model, 2, 20)
+    expected = {precision: logits(opened(folders[precision], "ram"), ids) for precision in PRECISIONS}
+    monkeypatch.setattr(phi1_engram, "CHUNK", 1000)
+    from_disk = opened(folders["float32"], "disco")
+    for precision in PRECISIONS:
+        for name, source in (("ram", model), ("disk", from_disk)):
+            source.save_pretrained(tmp_path / name, engram_precision=precision)
+            assert torch.equal(logits(opened(tmp_path / name, "ram"), ids), expected[precision])
+    narrowed = opened(folders["float32"], "ram", dtype=torch.float16)
+    assert torch.equal(narrowed.model.engram_tables["1"].weight, model.model.engram_tables["1"].weight.half())
+    from_disk.save_memory(tmp_path / "memory")
+    from_disk.remove_memory()
+    from_disk.load_memory(tmp_path / "memory")
+    assert torch.equal(logits(from_disk, ids), expected["float32"])
+
+
 def test_a_save_that_fails_leaves_the_earlier_file(saved, tmp_path, monkeypatch):
     model, folders = saved
     shutil.copytree(folders["float32"], tmp_path / "it")
