@@ -499,17 +499,19 @@ class TableFile:
         return hashlib.sha256(f"{self.dtype} {self.n_rows} {self.width} ".encode() + rows).hexdigest()
 
 
-def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dtype, n_rows, d_head: int, mate: str):
+def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dtype, n_rows, d_head: int, mate=None):
     """Write rows as stored, given some [n, row_width] at a time, as the one tensor of a safetensors file.
 
-    Whole or absent. The rows begin on a page of the disk, so that few lie on two.
+    Whole or absent. `mate` is None where offloaded weights have no digest. The rows begin on a page of the disk, so
+    that few lie on two.
     """
     shape = [n_rows, row_width(d_head, dtype)]
     name = next(name for name, known in SAFETENSORS.items() if known == dtype)
     entry = {"dtype": name, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
 
     def header(**digest):
-        text = json.dumps({"__metadata__": {"format": "pt", "engram_mate": mate, **digest}, key: entry}).encode()
+        mates = {"engram_mate": mate} if mate else {}
+        text = json.dumps({"__metadata__": {"format": "pt", **mates, **digest}, key: entry}).encode()
         return text.ljust(4096 - 8)  # the format allows spaces
 
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -1341,10 +1343,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for layer_id in self.config.engram_layer_ids:
                 table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
-                if key in given and given[key] is not table.weight:  # gathered by a trainer, perhaps
-                    source = EngramTable(table.n_rows, table.d_head, empty=True)
-                    source.weight = nn.Parameter(given[key], requires_grad=False)
-                    table = source if given[key].device.type != "meta" else table
+                if key in given:  # gathered by a trainer, perhaps
+                    table = EngramTable(table.n_rows, table.d_head, empty=True)
+                    table.weight = nn.Parameter(given[key], requires_grad=False)
                 dtype = PRECISIONS.get(engram_precision, table.dtype)
                 write_table(
                     Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,

@@ -207,6 +207,10 @@ def test_spread_over_devices(make_model, tmp_path, place):
     with torch.no_grad():
         ours = spread(ids.to(other), attention_mask=mask.to(other)).logits.cpu()
         torch.testing.assert_close(ours, model(ids, attention_mask=mask).logits, rtol=0, atol=1e-4)
+    spread.save_pretrained(tmp_path / "again")  # with weights that have to be fetched from the disk
+    again = PhiEngramForCausalLM.from_pretrained(tmp_path / "again", engram_storage=place)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
     for beams in (1, 3):
         expected = model.generate(ids, num_beams=beams, **kw)
         ours = spread.generate(ids.to(other), num_beams=beams, **{**kw, "attention_mask": mask.to(other)})
