@@ -12,23 +12,17 @@ are row-sparse: a step touches the rows that its batch reads.
 import hashlib
 import json
 import math
-import os
-import random
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from threading import current_thread, main_thread
 
 try:
-    import matplotlib
     import numpy as np
     import torch
     import transformers
@@ -37,6 +31,7 @@ try:
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+    from corpus_phi_engram import Corpus, batch_at, documents, prepare_corpus, standard_library, text_files
     from load_phi_engram import (
         CHAT_TEMPLATE,
         SpanishParser,
@@ -49,16 +44,15 @@ try:
         spanish,
         whole_folder,
     )
-    from phi1_engram import PHI_1, unpack
-except ImportError as error:  # also found out before hours of training: matplotlib is only used after them
+    from phi1_engram import unpack
+
+    # Also found out before hours of training: its matplotlib is only used after them.
+    from share_phi_engram import on_hub, result_line, result_table, save_trained
+except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
         "   Se arregla con: pip install -U -r requirements.txt"
     )
-
-TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
-HELD_OUT_SHARE = 20  # one document in twenty is never trained on
-NOT_CORPUS = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
 
 
 # ---------- Recipes ----------
@@ -95,186 +89,6 @@ DEMO_SHAPE = dict(
     max_position_embeddings=1024,
 )  # fmt: skip
 DEMO_ENGRAM = dict(layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_per_ngram=128, n_head_per_ngram=8)
-
-
-# ---------- Corpus: files -> documents -> two memory-mapped files of token ids ----------
-
-@dataclass
-class Corpus:
-    """Token ids, memory-mapped; `held_out` is never trained on."""
-
-    name: str
-    train: np.ndarray
-    held_out: np.ndarray
-    bytes_per_token: float  # of the held-out text
-    documents: int
-    skipped: list[str]
-    digest: str
-
-    def describe(self) -> str:
-        return (
-            f"{self.name}: {spanish(self.documents)} documentos, {spanish(len(self.train))} tokens para entrenar y "
-            f"{spanish(len(self.held_out))} apartados para medir"
-        )
-
-
-def standard_library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def text_files(path: Path) -> list[Path]:
-    """Files to train on below `path` (or `path` itself), in a fixed order. Links to folders are not followed."""
-    if path.is_file():
-        return [path]
-    found, unwanted = [], NOT_CORPUS if path == standard_library() else {"__pycache__"}
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if name not in unwanted and not name.startswith("."))
-        found += [Path(folder, name) for name in sorted(names) if name.endswith(TEXT_SUFFIXES)]
-    return found
-
-
-def text_field(row) -> str | None:
-    return next((row[key] for key in ("text", "content", "code") if isinstance(row.get(key), str)), None)
-
-
-def documents(files: list[Path], skipped: list[str]):
-    """Yield one text per file, or per line of a .jsonl. What is no text is named in `skipped`."""
-    for path in files:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            skipped.append(f"{path} ({'no es UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror})")
-            continue
-        if not text.strip() or "\0" in text:
-            skipped.append(f"{path} ({'binario' if text.strip() else 'vacío'})")
-        elif path.suffix != ".jsonl":
-            yield text
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                try:
-                    content = text_field(json.loads(line)) if line.strip() else ""
-                except (ValueError, AttributeError):
-                    content = None
-                if content:
-                    yield content
-                elif content is None:
-                    skipped.append(f"{path}:{number} (sin un campo de texto 'text', 'content' o 'code')")
-
-
-def dataset_documents(name: str):
-    """Stream the texts of a dataset from the Hub, through the optional package `datasets`."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--dataset necesita un paquete más. Instálalo con: pip install datasets") from None
-    try:
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            if (text := text_field(row)) is None:
-                raise UserError(
-                    f"El dataset '{name}' no tiene una columna de texto llamada text, content o code, sino "
-                    f"{', '.join(row)}. Guárdalo como .jsonl con un campo 'text' y usa --datos."
-                )
-            yield text
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"No se pudo leer el dataset '{name}' del Hub ({type(error).__name__}). Comprueba el nombre y la conexión, "
-            "o usa archivos tuyos con --datos CARPETA."
-        ) from error
-
-
-def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, max_tokens=None) -> Corpus:
-    """Tokenise once into memory-mapped files that the next run finds again.
-
-    Args:
-        source: folder or file; the Python standard library when neither it nor `dataset` is given.
-        length: tokens per block; a part with less than one block is refused.
-        max_tokens: stop reading after so many.
-    Raises:
-        UserError: nothing there, nothing that is text, or too little of it.
-    """
-    skipped: list[str] = []
-    if dataset:
-        name, files, stream = f"dataset {dataset}", [], dataset_documents(dataset)
-    else:
-        path = standard_library() if source is None else Path(source).expanduser().resolve()
-        if not path.exists():
-            raise UserError(f"No existe '{source}'. Indica una carpeta o un archivo con --datos.")
-        name, files = "biblioteca estándar de Python" if source is None else path.name, text_files(path)
-        if not files:
-            raise UserError(f"En '{path}' no hay archivos {', '.join(TEXT_SUFFIXES)}. Indica otra carpeta con --datos.")
-        stream = documents(files, skipped)
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-    key = json.dumps([name, stats, seed, max_tokens, tokenizer.backend_tokenizer.to_str()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram"
-    folder = cache / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if dataset or not folder.exists():
-        _tokenise(tokenizer, stream, skipped, folder, len(files) or None, seed, max_tokens)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    # An empty file cannot be mapped.
-    train, held_out = (
-        np.memmap(folder / f"{part}.bin", meta["dtype"], "r") if tokens else np.zeros(0, meta["dtype"])
-        for part, tokens in zip(("train", "held"), meta["tokens"])
-    )
-    bytes_per_token = meta["bytes"][1] / max(1, meta["tokens"][1])
-    if len(held_out) < max(length, len(train) // 200):
-        # Too few documents to set some aside whole: the tail of the text takes their place.
-        cut = len(train) - len(train) // HELD_OUT_SHARE
-        train, held_out, bytes_per_token = train[:cut], train[cut:], sum(meta["bytes"]) / sum(meta["tokens"])
-    if len(train) < length or len(held_out) < length:
-        raise UserError(
-            f"El corpus es demasiado pequeño: {spanish(len(train))} tokens para entrenar y {spanish(len(held_out))} "
-            f"para medir, y cada parte necesita al menos un bloque de {length}. Añade texto o baja --longitud."
-        )
-    return Corpus(name, train, held_out, bytes_per_token, meta["documents"], meta["skipped"], meta["digest"])
-
-
-def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    tokens, size, count, digest = [0, 0], [0, 0], 0, hashlib.sha256()
-    with whole_folder(folder) as temporary, tqdm(stream, total=total, desc="Tokenizando", unit=" doc") as bar:
-        with open(temporary / "train.bin", "wb") as train, open(temporary / "held.bin", "wb") as held:
-            reader = iter(bar)
-            while texts := list(islice(reader, 64)):
-                for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"]):
-                    raw = text.encode("utf-8", "replace")
-                    # Told apart by their text, so that two copies of a file fall on the same side.
-                    draw = int.from_bytes(hashlib.sha256(b"%d\n%b" % (seed, raw)).digest()[:8], "big")
-                    side = int(draw % HELD_OUT_SHARE == 0)
-                    packed = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
-                    (train, held)[side].write(packed)
-                    digest.update(packed)
-                    tokens[side] += len(ids) + 1
-                    size[side] += len(raw)
-                    count += 1
-                if max_tokens and sum(tokens) >= max_tokens:
-                    break
-        if not count:
-            raise UserError(f"No hay ningún texto con que entrenar. Se saltó: {'; '.join(skipped[:3]) or 'nada'}.")
-        meta = dict(
-            dtype=dtype.name, documents=count, tokens=tokens, bytes=size, skipped=skipped, digest=digest.hexdigest()
-        )
-        (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-@lru_cache(maxsize=4)
-def _block_order(n_blocks: int, epoch: int, seed: int) -> list[int]:
-    order = list(range(n_blocks))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order
-
-
-def batch_at(tokens: np.ndarray, index: int, recipe: Recipe) -> torch.LongTensor:
-    """Micro-batch number `index` of the endless shuffled stream of blocks: int64 [batch, length].
-
-    A function of its arguments alone, so that a resumed run reads what the interrupted one would have.
-    """
-    n_blocks = len(tokens) // recipe.length
-    blocks = []
-    for number in range(index * recipe.batch, (index + 1) * recipe.batch):
-        epoch, place = divmod(number, n_blocks)
-        start = _block_order(n_blocks, epoch, recipe.seed)[place] * recipe.length
-        blocks.append(np.asarray(tokens[start : start + recipe.length], dtype=np.int64))
-    return torch.from_numpy(np.stack(blocks))
 
 
 # ---------- Optimiser, one step, evaluation ----------
@@ -541,149 +355,6 @@ def train_model(
     save_trained(model, tokenizer, outcome, output, repo)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return outcome
-
-
-# ---------- Results: table, picture, card, folder, Hub ----------
-
-def result_line(result: dict) -> str:
-    return (
-        f"   Texto apartado, {result['name']}: pérdida {spanish(result['loss'], 4)}, "
-        f"perplejidad {spanish(result['perplexity'], 2)}, {spanish(result['bits_per_byte'], 3)} bits por byte"
-    )
-
-
-def result_table(results: list[dict]) -> str:
-    """Markdown table of held-out results."""
-    lines = ["| modelo | pérdida | perplejidad | bits por byte | tokens/s | tiempo |", "|" + " --- |" * 6]
-    for row in results:
-        cells = [spanish(row["loss"], 4), spanish(row["perplexity"], 2), spanish(row["bits_per_byte"], 3), "–", "–"]
-        if "seconds" in row:
-            cells[3:] = spanish(row["tokens_per_second"]), f"{spanish(row['seconds'])} s"
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int], path) -> None:
-    """Training loss by step, smoothed, with the held-out loss before, between and after."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    places = [0]
-    for phase, what in ((1, "solo la memoria"), (2, "todo el modelo")):
-        losses = [row["loss"] for row in history if row["phase"] == phase]
-        if losses:
-            window, start = max(1, len(losses) // 8), places[-1]
-            smooth = np.convolve(losses, np.ones(window) / window, "valid")
-            axes.plot(np.arange(len(smooth)) + start + window, smooth, label=f"entrenamiento, fase {phase} ({what})")
-            places.append(start + steps[phase - 1])
-    held_out = [row["loss"] for row in results]
-    axes.plot(places, held_out, "o--", color="black", label="texto apartado")
-    for place, loss in zip(places, held_out):
-        axes.annotate(spanish(loss, 3), (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
-    axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
-    axes.margins(x=0.06, y=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-CARD = """---
-language: [es, en]
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-tags: [engram, phi, code, custom_code]
-{base}---
-
-# {name}
-
-Phi con la memoria condicional **Engram** de DeepSeek: tablas de n-gramas que se consultan en tiempo constante por token
-y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone} de Phi y {memory} de
-Engram.
-
-## Uso
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-inputs = tokenizer("def print_prime(n):", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
-```
-
-Es un modelo base: completa código y textos; no se le ha enseñado a conversar.
-
-## Datos
-
-Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
-
-## Receta
-
-Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
-(tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
-{table_rates[1]:g}. Adam, en las tablas solo sobre las filas leídas; {batch} × {accumulate} bloques de {length} tokens
-por paso; decaimiento {weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
-
-## Resultados en el texto apartado
-
-{table}
-
-![Curvas de pérdida](perdidas.png)
-"""
-
-
-def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
-    """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
-    recipe, config, name = outcome["recipe"], model.config, Path(output).name
-    memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
-    card = CARD.format(
-        base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
-        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
-        backbone=spanish(model.num_parameters() - memory), corpus=outcome["corpus"].describe(),
-        table=result_table(outcome["results"]), **asdict(recipe),
-    )  # fmt: skip
-    with whole_folder(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in outcome["history"] + outcome["results"]]
-        (folder / "entrenamiento.jsonl").write_text("".join(rows), encoding="utf-8")
-        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
-
-
-def hub_token() -> str:
-    """The token of the environment, of Colab's secrets or of Kaggle's."""
-    from huggingface_hub import get_token
-
-    token = get_token()  # HF_TOKEN, Colab's secrets, a login on this machine
-    if token is None:
-        try:
-            from kaggle_secrets import UserSecretsClient
-
-            token = UserSecretsClient().get_secret("HF_TOKEN")
-        except Exception:  # not on Kaggle, or no secret of that name: the message below serves both
-            raise UserError(
-                "--subir necesita tu llave de Hugging Face con permiso de escritura. Créala en "
-                "https://huggingface.co/settings/tokens y guárdala como secreto HF_TOKEN (Colab: icono de la llave; "
-                "Kaggle: Add-ons → Secrets) o, en una terminal: export HF_TOKEN=hf_…"
-            ) from None
-    return token
-
-
-def on_hub(action, repo: str, advice: str):
-    """Call `action(HfApi)`; the Hub's many errors become one sentence with their first line."""
-    from huggingface_hub import HfApi
-
-    try:
-        return action(HfApi(token=hub_token()))
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"El Hub no aceptó '{repo}' ({reason}). {advice}") from error
 
 
 # ---------- Demo: a small Phi from scratch, then memory against no memory ----------

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+import corpus_phi_engram as corpora
 import helpers
+import share_phi_engram as share
 import train_phi_engram as train
 from hub import Hub
 from load_phi_engram import UserError, load_phi_1_with_engram
@@ -84,7 +86,7 @@ def test_corpus_takes_what_is_text_and_names_the_rest(tmp_path, tokenizer):
     (folder / "latin1.txt").write_bytes("camión".encode("latin-1"))
     (folder / "foto.png").write_bytes(b"no se mira")
     (folder / "bucle").symlink_to(folder)
-    corpus = train.prepare_corpus(tokenizer, folder, length=8)
+    corpus = corpora.prepare_corpus(tokenizer, folder, length=8)
     assert corpus.documents == 4
     assert len(corpus.skipped) == 5
     named = ("vacio.txt (vacío)", "binario.txt (binario)", "latin1.txt (no es UTF-8)", "tres.jsonl:4", "tres.jsonl:5")
@@ -95,20 +97,20 @@ def test_corpus_takes_what_is_text_and_names_the_rest(tmp_path, tokenizer):
 
 
 def test_corpus_is_tokenised_once_and_again_when_a_file_changes(code, tokenizer, monkeypatch):
-    first = train.prepare_corpus(tokenizer, code, length=32)
-    tokenise = train._tokenise
-    monkeypatch.setattr(train, "_tokenise", lambda *_: pytest.fail("tokenised again"))
-    again = train.prepare_corpus(tokenizer, code, length=32)
+    first = corpora.prepare_corpus(tokenizer, code, length=32)
+    tokenise = corpora._tokenise
+    monkeypatch.setattr(corpora, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    again = corpora.prepare_corpus(tokenizer, code, length=32)
     assert again.digest == first.digest and np.array_equal(again.train, first.train)
-    monkeypatch.setattr(train, "_tokenise", tokenise)
+    monkeypatch.setattr(corpora, "_tokenise", tokenise)
     (code / "m00.py").write_text("y = 2\n" * 50)
-    assert train.prepare_corpus(tokenizer, code, length=32).digest != first.digest
+    assert corpora.prepare_corpus(tokenizer, code, length=32).digest != first.digest
 
 
 def test_held_out_documents_are_never_trained_on(code, tokenizer):
     for i in range(60):
         (code / f"copia{i:02d}.py").write_text((code / f"m{i:02d}.py").read_text())
-    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
     separate = [
         [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)]
         for ids in (np.array(corpus.train), np.array(corpus.held_out))
@@ -121,7 +123,7 @@ def test_held_out_documents_are_never_trained_on(code, tokenizer):
 def test_a_single_file_gives_its_tail_to_measure(tmp_path, tokenizer):
     path = tmp_path / "todo.txt"
     path.write_text("\n".join(f"línea número {i}" for i in range(2000)), encoding="utf-8")
-    corpus = train.prepare_corpus(tokenizer, path, length=32)
+    corpus = corpora.prepare_corpus(tokenizer, path, length=32)
     assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // train.HELD_OUT_SHARE
     assert "1999" in tokenizer.decode(corpus.held_out) and "1999" not in tokenizer.decode(corpus.train)
 
@@ -137,18 +139,18 @@ def test_corpora_that_cannot_be_trained_on(tmp_path, tokenizer, content, message
         for name, text in content.items():
             (folder / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        train.prepare_corpus(tokenizer, folder, length=32)
+        corpora.prepare_corpus(tokenizer, folder, length=32)
 
 
 def test_batches_cover_the_corpus_once_per_epoch_in_a_seeded_order():
     tokens = np.arange(10 * 32 + 5, dtype=np.uint16)
-    epochs = [torch.cat([train.batch_at(tokens, i, RECIPE) for i in range(5 * e, 5 * e + 5)]) for e in range(2)]
+    epochs = [torch.cat([corpora.batch_at(tokens, i, RECIPE) for i in range(5 * e, 5 * e + 5)]) for e in range(2)]
     for epoch in epochs:
         assert sorted(epoch[:, 0].tolist()) == list(range(0, 320, 32))
         assert torch.equal(epoch - epoch[:, :1], torch.arange(32).expand(10, -1))
     assert not torch.equal(*epochs)
-    assert torch.equal(train.batch_at(tokens, 3, RECIPE), train.batch_at(tokens, 3, replace(RECIPE)))
-    assert not torch.equal(train.batch_at(tokens, 0, RECIPE), train.batch_at(tokens, 0, replace(RECIPE, seed=1)))
+    assert torch.equal(corpora.batch_at(tokens, 3, RECIPE), corpora.batch_at(tokens, 3, replace(RECIPE)))
+    assert not torch.equal(corpora.batch_at(tokens, 0, RECIPE), corpora.batch_at(tokens, 0, replace(RECIPE, seed=1)))
 
 
 # --- one step, evaluation
@@ -202,7 +204,7 @@ def test_evaluation_is_the_mean_loss_of_the_held_out_blocks(tokenizer):
 def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tmp_path, capsys):
     model, tokenizer = open_grafted(grafted)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
     outcome = train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(4, 0)), tmp_path / "fuera")
     assert "ni un bit" in capsys.readouterr().out
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -214,7 +216,7 @@ def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tm
 
 def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
-    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
     steps = train.run_steps
 
     def meddle(*args, **kwargs):
@@ -242,7 +244,7 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted
 
     def trained(name, resume=False):
         model, tokenizer = open_grafted(grafted)
-        corpus = train.prepare_corpus(tokenizer, code, length=32)
+        corpus = corpora.prepare_corpus(tokenizer, code, length=32)
         return model, train.train_model(model, tokenizer, corpus, RECIPE, tmp_path / name, resume=resume)
 
     whole, _ = trained("entero")
@@ -259,7 +261,7 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted
 
 def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
-    corpus = train.prepare_corpus(tokenizer, code, length=32)
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
     output = tmp_path / "fuera"
     with pytest.raises(UserError, match="ningún punto de control"):
         train.train_model(model, tokenizer, corpus, RECIPE, output, resume=True)
@@ -402,7 +404,7 @@ def test_key_is_found_in_kaggles_secrets(monkeypatch):
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setitem(sys.modules, "kaggle_secrets", SimpleNamespace(UserSecretsClient=Secrets))
-    assert train.hub_token() == "valor de HF_TOKEN"
+    assert share.hub_token() == "valor de HF_TOKEN"
 
 
 def test_dataset_rows_become_documents(tokenizer, monkeypatch):
@@ -415,24 +417,25 @@ def test_dataset_rows_become_documents(tokenizer, monkeypatch):
         return rows if name == "ana/codigo" else [{"a": 1}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    corpus = train.prepare_corpus(tokenizer, dataset="ana/codigo", length=16)
+    corpus = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16)
     assert corpus.documents == 80 and asked == [("ana/codigo", "train", True)]
-    fewer = train.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=1)
+    fewer = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=1)
     assert fewer.documents == 64  # read in groups; no further group is asked for
     with pytest.raises(UserError, match="columna de texto"):
-        train.prepare_corpus(tokenizer, dataset="ana/otro")
+        corpora.prepare_corpus(tokenizer, dataset="ana/otro")
 
 
 def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
-        train.prepare_corpus(tokenizer, dataset="ana/codigo")
+        corpora.prepare_corpus(tokenizer, dataset="ana/codigo")
 
 
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
-    library = [path for path in train.text_files(train.standard_library()) if path.name < "c"][:25]
-    monkeypatch.setattr(train, "text_files", lambda path: library)
+    library = [path for path in corpora.text_files(corpora.standard_library()) if path.name < "c"][:25]
+    for module in (train, corpora):
+        monkeypatch.setattr(module, "text_files", lambda path: library)
     monkeypatch.setattr(train, "DEMO_SHAPE", {**train.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
     monkeypatch.setattr(train, "DEMO_ENGRAM", {**train.DEMO_ENGRAM, "engram_vocab_size": [300, 300]})
     recipe = replace(train.DEMO_RECIPE, batch=2, length=64, steps=(3, 3))

@@ -1,0 +1,155 @@
+"""What a training leaves to share: table of results, loss curves, model card, the folder, and its way to the Hub.
+
+Used by `train_phi_engram.py`; there is nothing to run here.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from load_phi_engram import UserError, spanish, whole_folder
+from phi1_engram import PHI_1
+
+
+def result_line(result: dict) -> str:
+    return (
+        f"   Texto apartado, {result['name']}: pérdida {spanish(result['loss'], 4)}, "
+        f"perplejidad {spanish(result['perplexity'], 2)}, {spanish(result['bits_per_byte'], 3)} bits por byte"
+    )
+
+
+def result_table(results: list[dict]) -> str:
+    """Markdown table of held-out results."""
+    lines = ["| modelo | pérdida | perplejidad | bits por byte | tokens/s | tiempo |", "|" + " --- |" * 6]
+    for row in results:
+        cells = [spanish(row["loss"], 4), spanish(row["perplexity"], 2), spanish(row["bits_per_byte"], 3), "–", "–"]
+        if "seconds" in row:
+            cells[3:] = spanish(row["tokens_per_second"]), f"{spanish(row['seconds'])} s"
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int], path) -> None:
+    """Training loss by step, smoothed, with the held-out loss before, between and after."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    places = [0]
+    for phase, what in ((1, "solo la memoria"), (2, "todo el modelo")):
+        losses = [row["loss"] for row in history if row["phase"] == phase]
+        if losses:
+            window, start = max(1, len(losses) // 8), places[-1]
+            smooth = np.convolve(losses, np.ones(window) / window, "valid")
+            axes.plot(np.arange(len(smooth)) + start + window, smooth, label=f"entrenamiento, fase {phase} ({what})")
+            places.append(start + steps[phase - 1])
+    held_out = [row["loss"] for row in results]
+    axes.plot(places, held_out, "o--", color="black", label="texto apartado")
+    for place, loss in zip(places, held_out):
+        axes.annotate(spanish(loss, 3), (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
+    axes.margins(x=0.06, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+CARD = """---
+language: [es, en]
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+tags: [engram, phi, code, custom_code]
+{base}---
+
+# {name}
+
+Phi con la memoria condicional **Engram** de DeepSeek: tablas de n-gramas que se consultan en tiempo constante por token
+y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone} de Phi y {memory} de
+Engram.
+
+## Uso
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+inputs = tokenizer("def print_prime(n):", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
+```
+
+Es un modelo base: completa código y textos; no se le ha enseñado a conversar.
+
+## Datos
+
+Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
+
+## Receta
+
+Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
+(tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
+{table_rates[1]:g}. Adam, en las tablas solo sobre las filas leídas; {batch} × {accumulate} bloques de {length} tokens
+por paso; decaimiento {weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
+
+## Resultados en el texto apartado
+
+{table}
+
+![Curvas de pérdida](perdidas.png)
+"""
+
+
+def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
+    """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
+    recipe, config, name = outcome["recipe"], model.config, Path(output).name
+    memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
+    card = CARD.format(
+        base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
+        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
+        backbone=spanish(model.num_parameters() - memory), corpus=outcome["corpus"].describe(),
+        table=result_table(outcome["results"]), **asdict(recipe),
+    )  # fmt: skip
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in outcome["history"] + outcome["results"]]
+        (folder / "entrenamiento.jsonl").write_text("".join(rows), encoding="utf-8")
+        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
+
+
+def hub_token() -> str:
+    """The token of the environment, of Colab's secrets or of Kaggle's."""
+    from huggingface_hub import get_token
+
+    token = get_token()  # HF_TOKEN, Colab's secrets, a login on this machine
+    if token is None:
+        try:
+            from kaggle_secrets import UserSecretsClient
+
+            token = UserSecretsClient().get_secret("HF_TOKEN")
+        except Exception:  # not on Kaggle, or no secret of that name: the message below serves both
+            raise UserError(
+                "--subir necesita tu llave de Hugging Face con permiso de escritura. Créala en "
+                "https://huggingface.co/settings/tokens y guárdala como secreto HF_TOKEN (Colab: icono de la llave; "
+                "Kaggle: Add-ons → Secrets) o, en una terminal: export HF_TOKEN=hf_…"
+            ) from None
+    return token
+
+
+def on_hub(action, repo: str, advice: str):
+    """Call `action(HfApi)`; the Hub's many errors become one sentence with their first line."""
+    from huggingface_hub import HfApi
+
+    try:
+        return action(HfApi(token=hub_token()))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"El Hub no aceptó '{repo}' ({reason}). {advice}") from error
