@@ -12,11 +12,13 @@ are row-sparse: a step touches the rows that its batch reads.
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ try:
     import numpy as np
     import torch
     import transformers
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
@@ -328,17 +330,17 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(**options) -> Accelerator:
     """bfloat16 where the card computes it (capability 8.0), float16 with loss scaling below, float32 on a CPU."""
     precision = "no"
     if torch.cuda.is_available():
         precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "Este script entrena con un solo proceso. Ejecútalo con python train_phi_engram.py, sin accelerate launch."
-        )
-    return accelerator
+    # Buffers are constants: nothing to send to the other processes before each pass.
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
+    # Without a card accelerate joins processes only when it is told that they are to use the CPU.
+    cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[constant], **options)
 
 
 def train_model(
