@@ -31,7 +31,7 @@ try:
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-    from corpus_phi_engram import Corpus, batch_at, documents, prepare_corpus, standard_library, text_files
+    from corpus_phi_engram import Corpus, Skipped, batch_at, documents, prepare_corpus, standard_library, text_files
     from load_phi_engram import (
         CHAT_TEMPLATE,
         SpanishParser,
@@ -370,7 +370,7 @@ def demo_tokenizer(files: list[Path], vocab_size: int):
         vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(documents(files, []), trainer)
+    tokenizer.train_from_iterator((piece.text for piece in documents(files, Skipped())), trainer)
     end = "<|endoftext|>"
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end, clean_up_tokenization_spaces=False
@@ -538,7 +538,7 @@ def main(argv=None):
     )
     print(corpus.describe())
     if corpus.skipped:
-        print(f"Se saltaron {len(corpus.skipped)} archivos o líneas que no son texto; por ejemplo {corpus.skipped[0]}")
+        print(corpus.skipped.describe())
     recipe = replace(PHI_1_RECIPE, length=args.longitud, batch=args.lote, accumulate=args.acumular, seed=args.semilla)
     one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
     asked = (args.pasos_fase1, args.pasos_fase2)
