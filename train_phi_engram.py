@@ -10,8 +10,8 @@ are row-sparse: a step touches the rows that its batch reads.
 """
 
 import hashlib
-import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +31,7 @@ try:
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+    from checkpoint_phi_engram import all_checkpoints, identity_of, last_checkpoint, write_checkpoint
     from corpus_phi_engram import Corpus, Skipped, batch_at, documents, prepare_corpus, standard_library, text_files
     from load_phi_engram import (
         CHAT_TEMPLATE,
@@ -38,16 +39,18 @@ try:
         UserError,
         about_memory,
         add_memory_options,
+        discard,
         load_phi_1_with_engram,
         open_model,
         run_script,
         spanish,
+        sweep,
         whole_folder,
     )
     from phi1_engram import unpack
 
     # Also found out before hours of training: its matplotlib is only used after them.
-    from share_phi_engram import on_hub, result_line, result_table, save_trained
+    from share_phi_engram import TRACKERS, check_tracker, on_hub, result_line, result_table, save_trained, start_tracker
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -237,12 +240,12 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(**options) -> Accelerator:
     """bfloat16 where the card computes it (capability 8.0), float16 with loss scaling below, float32 on a CPU."""
     precision = "no"
     if torch.cuda.is_available():
         precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision, **options)
     if accelerator.num_processes > 1:
         raise UserError(
             "Este script entrena con un solo proceso. Ejecútalo con python train_phi_engram.py, sin accelerate launch."
@@ -251,15 +254,17 @@ def make_accelerator() -> Accelerator:
 
 
 def train_model(
-    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, repo: str | None = None
-) -> dict:
+    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, keep=1,
+    tracker: str | None = None, repo: str | None = None,
+) -> dict:  # fmt: skip
     """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
 
     Args:
         model: PhiEngramForCausalLM in float32; trained in place.
         output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
-        resume: go on from the last checkpoint.
-        save_every: steps between checkpoints.
+        resume: go on from the last whole checkpoint.
+        save_every: steps between checkpoints; `keep`: how many of them stay.
+        tracker: one of TRACKERS, which gets losses, rates, speed and held-out results.
         repo: user/name under which the card says that the model is found.
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
@@ -270,43 +275,34 @@ def train_model(
     """
     output = Path(output)
     checkpoints = output.with_name(output.name + "-checkpoints")
-    saved = max(checkpoints.glob("fase-*-paso-*"), default=None)
-    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "dtype")}
-    identity = json.loads(json.dumps(dict(asdict(recipe), corpus=corpus.digest, **shape), default=str))
+    sweep(output.parent, re.escape(output.name) + "(?:-checkpoints)?")
+    sweep(checkpoints, "fase-.*")
+    identity = identity_of(asdict(recipe), corpus.digest, model.config.to_dict())
+    saved = None
     state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
     if resume:
-        if saved is None:
-            raise UserError(f"No hay ningún punto de control en {checkpoints}. Empieza sin --reanudar.")
-        state = json.loads((saved / "estado.json").read_text())
-        different = {key for key in identity if identity[key] != state["identity"].get(key)}
-        if different:
-            listed = "; ".join(f"{key}: {state['identity'].get(key)} → {identity[key]}" for key in sorted(different))
-            raise UserError(
-                f"El punto de control {saved} es de otro entrenamiento y no se puede seguir con este ({listed}). "
-                "Repite las opciones de entonces, o elige otra --salida para empezar uno nuevo."
-            )
-    elif saved is not None:
+        saved, found = last_checkpoint(checkpoints, output, identity, corpus.describe())
+        state |= found
+    elif all_checkpoints(checkpoints):
         raise UserError(
             f"En {checkpoints} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
             "borra esa carpeta o elige otra --salida."
         )
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(log_with=tracker, project_dir=output.parent)
     set_seed(recipe.seed)
     history, results = state["history"], state["results"]
+    before = (0, recipe.steps[0])  # steps of the phases before each
+    start_tracker(accelerator, tracker, f"{output.name}-registro", identity, before[state["phase"] - 1] + state["step"])
 
     def save(**position):
-        # Under a name of its own, and the older one goes only then: there always is a whole one.
-        checkpoint = checkpoints / f"fase-{position['phase']}-paso-{position['step']:07d}"
-        with whole_folder(checkpoint) as temporary:
-            accelerator.save_state(str(temporary))
-            (temporary / "estado.json").write_text(json.dumps(dict(state, **position, identity=identity)))
-        for old in checkpoints.glob("fase-*-paso-*"):
-            if old != checkpoint:
-                shutil.rmtree(old, ignore_errors=True)
+        now = dict(state, **position, identity=identity, data=corpus.describe())
+        write_checkpoint(checkpoints, now, lambda folder: accelerator.save_state(str(folder)), keep)
 
-    def measure(name, **speed):
+    def measure(name, done, **speed):
         results.append(dict(name=name, **evaluate(model, corpus, recipe, accelerator.device), **speed))
         print(result_line(results[-1]))
+        measured = zip(("pérdida", "perplejidad", "bits por byte"), ("loss", "perplexity", "bits_per_byte"))
+        accelerator.log({f"texto apartado/{word}": results[-1][key] for word, key in measured}, step=done)
 
     with stop_requests() as stop:
         for phase in (1, 2):
@@ -320,17 +316,22 @@ def train_model(
                 recipe.weight_decay,
             )  # fmt: skip
             model, optimizer = accelerator.prepare(model, optimizer)
-            if resume and phase == state["phase"]:
+            if saved and phase == state["phase"]:
                 accelerator.load_state(str(saved))
                 first, seconds = state["step"], state["seconds"]
                 print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
             elif phase == 2:
                 save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
             if not results:
-                measure("antes de entrenar")
+                measure("antes de entrenar", 0)
 
-            def on_step(step, loss, spent, phase=phase, steps=steps, seconds=seconds):
+            def on_step(step, loss, spent, phase=phase, steps=steps, first=first, seconds=seconds):
                 history.append(dict(phase=phase, step=step, loss=round(loss, 5)))
+                rates = dict(memoria=recipe.memory_rates[phase - 1], tablas=recipe.table_rates[phase - 1])
+                rates |= dict(Phi=recipe.backbone_rate) if phase == 2 else {}
+                values = {f"tasa/{word}": rate * rate_factor(step - 1, steps) for word, rate in rates.items()}
+                values["entrenamiento/tokens por segundo"] = recipe.tokens_per_step * (step - first) / spent
+                accelerator.log({"entrenamiento/pérdida": loss, **values}, step=before[phase - 1] + step)
                 # At the very end too: what comes next, saving the result, may find the disk full.
                 last = step == steps and (phase == 2 or not recipe.steps[1])
                 if stop or last or (step % save_every == 0 and step < steps):
@@ -340,11 +341,12 @@ def train_model(
 
             seconds += run_steps(
                 accelerator, model, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}", first=first,
-                offset=0 if phase == 1 else recipe.steps[0], on_step=on_step,
+                offset=before[phase - 1], on_step=on_step,
             )  # fmt: skip
             what = "solo la memoria" if phase == 1 else "todo el modelo"
             speed = recipe.tokens_per_step * steps / seconds
-            measure(f"tras la fase {phase} ({what})", tokens_per_second=speed, seconds=seconds)
+            done = before[phase - 1] + steps
+            measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
             if phase == 1:
                 if fingerprint(model) != state["backbone"]:
                     raise RuntimeError("phase 1 changed the backbone")
@@ -352,8 +354,13 @@ def train_model(
             model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             accelerator.free_memory()
     outcome = dict(results=results, history=history, recipe=recipe, corpus=corpus)
-    save_trained(model, tokenizer, outcome, output, repo)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for running in accelerator.trackers:
+        running.finish()
+    try:
+        save_trained(model, tokenizer, outcome, output, repo)
+    except UserError as error:
+        raise UserError(f"{error} Lo entrenado está en {checkpoints}: repite después con --reanudar.") from error
+    discard(checkpoints)
     return outcome
 
 
@@ -476,15 +483,18 @@ def parse(argv):
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
+    parser.add_argument("--conservar", type=int, default=1, help="puntos de control que se guardan (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
+    parser.add_argument("--registro", choices=TRACKERS, help="apuntar también la marcha ahí (paquete opcional)")
     parser.add_argument("--subir", metavar="USUARIO/NOMBRE", help="subir el resultado al Hub, privado")
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
     add_memory_options(parser)
     args = parser.parse_args(argv)
-    for name in ("longitud", "lote", "acumular", "guardar_cada", "max_tokens"):
+    for name in ("longitud", "lote", "acumular", "guardar_cada", "conservar", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1 + (name == "longitud"):
             raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
+    check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.publico and not args.subir:
@@ -531,6 +541,8 @@ def main(argv=None):
     print(about_memory(model))
     if args.longitud > model.config.max_position_embeddings:
         raise UserError(f"--longitud {args.longitud}: el modelo llega a {model.config.max_position_embeddings} tokens.")
+    if not args.reanudar:  # from here on there is something to resume
+        output.with_name(output.name + "-checkpoints").mkdir(parents=True, exist_ok=True)
     if not args.datos and not args.dataset:
         print("Sin --datos: entreno con la biblioteca estándar de Python.")
     corpus = prepare_corpus(
@@ -551,7 +563,7 @@ def main(argv=None):
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,
-            repo=args.subir,
+            keep=args.conservar, tracker=args.registro, repo=args.subir,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nPara seguir donde estaba: repite la misma orden con --reanudar")

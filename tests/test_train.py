@@ -179,9 +179,9 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
     assert [path.name for path in (tmp_path / "fuera-checkpoints").iterdir()] == ["fase-2-paso-0000004"]
     with pytest.raises(UserError, match="--reanudar"):
         train.train_model(model, tokenizer, corpus, RECIPE, output)
-    with pytest.raises(UserError, match=r"backbone_rate: 0.001 → 0.5"):
+    with pytest.raises(UserError, match="tasa de Phi 0,001 entonces, 0,5 ahora"):
         train.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
-    with pytest.raises(UserError, match="corpus"):
+    with pytest.raises(UserError, match="el texto de --datos no es el mismo"):
         train.train_model(model, tokenizer, replace(corpus, digest="otro"), RECIPE, output, resume=True)
     resumed, _ = open_grafted(grafted)
     outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
