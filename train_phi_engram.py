@@ -712,7 +712,8 @@ def main(argv=None):
     if min(recipe.steps) < 0 or not any(recipe.steps):
         raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
     tokens = spanish(recipe.tokens_per_step)
-    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso.")
+    together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
+    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
     print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(
