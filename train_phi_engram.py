@@ -30,7 +30,7 @@ try:
     import torch
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.utils import broadcast_object_list, set_seed
+    from accelerate.utils import DistributedType, broadcast_object_list, set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
@@ -372,6 +372,11 @@ def train_model(
     output = Path(output)
     checkpoints = output.with_name(output.name + "-checkpoints")
     accelerator = make_accelerator(log_with=tracker, project_dir=output.parent)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "Con FSDP todavía no sé guardar el modelo. Lanza los procesos sin él: "
+            "accelerate launch --num_processes 2 train_phi_engram.py (y --recalcular si falta memoria)."
+        )
     recipe = replace(recipe, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         sweep(output.parent, re.escape(output.name) + "(?:-checkpoints)?")
