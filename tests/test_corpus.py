@@ -59,9 +59,10 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
         "vacio.txt": "vacío", "blanco.txt": "vacío", "binario.txt": "binario", "tarde.txt": "binario",
         "latin1.txt": "no es UTF-8", "mordido.txt": "no es UTF-8", "bucle": "enlace a una carpeta",
         "roto.py": "enlace a algo que no existe", "circulo.py": "enlace en bucle",
-        "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:5": "no es un objeto JSON", "tres.jsonl:8": "vacío",
-        "tres.jsonl:4": "sin un campo de texto 'text', 'content' o 'code'", "tres.jsonl:7": "no es un objeto JSON",
-        "tres.jsonl:9": "no es UTF-8", "tres.jsonl:10": "no es un objeto JSON",
+        "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:8": "vacío",
+        "tres.jsonl:5": "no es un objeto JSON",
+        "tres.jsonl:4": "sin un campo de texto 'text', 'content' o 'code'",
+        "tres.jsonl:7": "no es un objeto JSON", "tres.jsonl:9": "no es UTF-8", "tres.jsonl:10": "no es un objeto JSON",
     }  # fmt: skip
     assert set(corpus.skipped.examples) == {f"{folder / name} ({reason})" for name, reason in named.items()}
     assert len(corpus.skipped) == len(named) and corpus.skipped.reasons["vacío"] == 3
