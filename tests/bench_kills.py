@@ -176,15 +176,16 @@ def main():
             kill = (place, number, draw.uniform(0, length))
             folder = fresh(f"caso-{done}")
             code = in_child(folder, "registro.txt", lambda kill=kill: train_here(kill=kill, trace="haciendo.txt"))
-            if code == 0:  # it was done before the blow; draw again
+            where = (folder / "haciendo.txt").read_text(encoding="utf-8").strip()
+            if code == 0 or where.startswith("{"):  # all was done before the blow; draw again
                 shutil.rmtree(folder)
                 continue
-            where = (folder / "haciendo.txt").read_text(encoding="utf-8").strip()
             saved = [path.name for path in (folder / f"{OUTPUT}-checkpoints").glob("fase-*")]
+            weights = folder / OUTPUT / "model.safetensors"
+            ready = weights.exists()
             resumed = in_child(folder, "registro-2.txt", lambda: train.main([*OPTIONS, "--reanudar"]))
             log = (folder / "registro-2.txt").read_text(encoding="utf-8", errors="replace")
-            weights = folder / OUTPUT / "model.safetensors"
-            finished = resumed == 0 or (where == "borrar los puntos de control" and "ya está terminado" in log)
+            finished = resumed == 0 or (ready and "ya está terminado" in log)
             same = weights.exists() and weights.read_bytes() == expected
             good = code == -signal.SIGKILL and finished and same and not leftovers(folder)
             survived, done = survived + good, done + 1
