@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import corpus_phi_engram as corpora  # noqa: E402
@@ -79,8 +80,6 @@ def in_child(folder, log, action) -> int:
             os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
             action()
             code = 0
-        except SystemExit as error:
-            code = error.code
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
@@ -94,14 +93,16 @@ def train_here(*options, kill=None, trace=None):
     """The script in this process.
 
     Args:
-        kill: (place, n, seconds): SIGKILL so long after the n-th time that the place is entered.
+        kill: (place, n, seconds): SIGKILL so long after the n-th time that the place is entered; at once for 0.
         trace: file to keep what is being done in, and at the end how often and how long each thing was done.
     """
     doing, counts, spent = ["empezar"], dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0.0)
 
+    log = os.open(trace, os.O_WRONLY | os.O_CREAT) if trace else None
+
     def note():
         if trace:
-            Path(trace).write_text(doing[-1], encoding="utf-8")
+            os.pwrite(log, doing[-1].ljust(60).encode(), 0)  # at once, so that a kill finds it written
 
     def watched(place, function):
         def inner(*args, **kwargs):
@@ -113,7 +114,8 @@ def train_here(*options, kill=None, trace=None):
                 doing.append(place)
             note()
             if kill and (place, counts[place]) == tuple(kill[:2]):
-                threading.Timer(kill[2], os.kill, (os.getpid(), signal.SIGKILL)).start()
+                blow = threading.Timer(kill[2], os.kill, (os.getpid(), signal.SIGKILL))
+                blow.start() if kill[2] else blow.function(*blow.args)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -128,7 +130,8 @@ def train_here(*options, kill=None, trace=None):
         setattr(module, name, watched(place, getattr(module, name)))
     train.main([*OPTIONS, *options])
     if trace:
-        Path(trace).write_text(json.dumps(dict(counts=counts, spent=spent)), encoding="utf-8")
+        os.ftruncate(log, 0)
+        os.pwrite(log, json.dumps(dict(counts=counts, spent=spent)).encode(), 0)
 
 
 def leftovers(folder) -> list[str]:
@@ -173,15 +176,16 @@ def main():
             kill = (place, number, draw.uniform(0, length))
             folder = fresh(f"caso-{done}")
             code = in_child(folder, "registro.txt", lambda kill=kill: train_here(kill=kill, trace="haciendo.txt"))
-            if code == 0:  # it was done before the blow; draw again
+            where = (folder / "haciendo.txt").read_text(encoding="utf-8").strip()
+            if code == 0 or where.startswith("{"):  # all was done before the blow; draw again
                 shutil.rmtree(folder)
                 continue
-            where = (folder / "haciendo.txt").read_text(encoding="utf-8")
             saved = [path.name for path in (folder / f"{OUTPUT}-checkpoints").glob("fase-*")]
+            weights = folder / OUTPUT / "model.safetensors"
+            ready = weights.exists()
             resumed = in_child(folder, "registro-2.txt", lambda: train.main([*OPTIONS, "--reanudar"]))
             log = (folder / "registro-2.txt").read_text(encoding="utf-8", errors="replace")
-            weights = folder / OUTPUT / "model.safetensors"
-            finished = resumed == 0 or (where == "borrar los puntos de control" and "ya está terminado" in log)
+            finished = resumed == 0 or (ready and "ya está terminado" in log)
             same = weights.exists() and weights.read_bytes() == expected
             good = code == -signal.SIGKILL and finished and same and not leftovers(folder)
             survived, done = survived + good, done + 1
