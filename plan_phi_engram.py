@@ -8,10 +8,12 @@ tensors have shapes and no contents, and every storage is counted from its birth
 states, tables and files follow from the shapes. Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+import ctypes
 import difflib
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 import weakref
@@ -33,6 +35,7 @@ from load_phi_engram import MADE_BY, UserError, find_model, read_config, spanish
 from phi1_engram import PHI_1, PhiEngramConfig, PhiEngramForCausalLM
 
 SHORTEST = 256  # tokens per block below which the search does not go
+SPARE = 0.05  # of GPU, RAM and disk, left free by what the search proposes: allocators leave gaps
 
 
 # ---------- Machines ----------
@@ -82,12 +85,14 @@ def allowed_ram() -> float:
     """Bytes that this process has or could still take: the system's, or its container's where that is less."""
     own = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    # Version 2 of control groups and version 1.
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        folder = Path("/sys/fs/cgroup", "memory" if limit.endswith("bytes") else "")
         try:
             # Files kept in memory count as used there, and give way.
-            cached = Path("/sys/fs/cgroup", limit).with_name("memory.stat").read_text().split("inactive_file ")[1]
-            used = int(Path("/sys/fs/cgroup", used).read_text()) - int(cached.split()[0])
-            free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - used)
+            cached = int((folder / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+            taken = int((folder / used).read_text()) - cached
+            free = min(free, int((folder / limit).read_text()) - taken)
         except (OSError, ValueError, IndexError):  # no such limit, or "max"
             continue
     return own + free
@@ -129,7 +134,7 @@ class LiveStorage(TorchDispatchMode):
         super().__init__()
         self.vocab_size, self.weights = vocab_size, weights
         self.entries = {}  # storage -> [kind, bytes]
-        self.bytes = dict(activaciones=0, logits=0, copias=0, gradientes=0)
+        self.bytes = dict(activaciones=0, logits=0, media=0, gradientes=0)
         self.peak, self.at_peak = 0, {}
 
     def count(self, tensor, kind):
@@ -169,24 +174,15 @@ class AsOnCard(TorchFunctionMode):
 
     def __init__(self, half, live: LiveStorage):
         super().__init__()
-        self.half, self.live, self.kept = half, live, {}
-
-    def __exit__(self, *exception):
-        self.kept.clear()  # as autocast does at the end of a forward pass, or of its repetition
-        return super().__exit__(*exception)
+        self.half, self.live = half, live
 
     def cast(self, tensor, dtype):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == dtype:
             return tensor
-        if not isinstance(tensor, torch.nn.Parameter):
-            return tensor.to(dtype)
-        if tensor not in self.kept:
-            copy = tensor.to(dtype)
-            self.live.count(copy, "copias")
-            if not tensor.requires_grad:
-                return copy  # autocast keeps copies of what is trained alone; these live as long as autograd needs them
-            self.kept[tensor] = copy
-        return self.kept[tensor]
+        copy = tensor.to(dtype)
+        if isinstance(tensor, torch.nn.Parameter):
+            self.live.count(copy, "media")  # train_phi_engram.py tells autocast to keep none: they live in the graph
+        return copy
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.half and func in self.TO_HALF + self.TO_FLOAT:
@@ -209,9 +205,9 @@ def empty_model(config: PhiEngramConfig) -> PhiEngramForCausalLM:
 def _traced(config_json, tokens, phase, recompute, half, accumulated, shards):
     config = PhiEngramConfig.from_dict(json.loads(config_json))
     model = empty_model(config).train()
-    live = LiveStorage(config.vocab_size, dict(gradientes=1 / shards, copias=1 if shards == 1 else 0))
+    live = LiveStorage(config.vocab_size, dict(gradientes=1 / shards, media=1 if shards == 1 else 0))
     card = AsOnCard(half, live)
-    for layer_id, table in model.model.engram_tables.items():
+    for table in model.model.engram_tables.values():
         # As many rows as the batch can read: what a step works on, never the table.
         heads = model.model.engram_hash.offsets.shape[1]
         table.weight = torch.nn.Parameter(torch.empty(tokens * heads, table.d_head, device="meta"))
@@ -249,7 +245,7 @@ def traced(config, tokens, phase, recompute=False, half=None, accumulated=False,
         accumulated: an earlier micro-batch has left its gradients.
         shards: gradients are divided among so many, and half-precision copies are not kept (FSDP).
     Returns:
-        {"activaciones", "logits", "copias" (weights in half precision), "gradientes"}.
+        {"activaciones", "logits", "media" (weights in half precision), "gradientes"}.
     """
     same = dict(engram_vocab_size=[2] * (config.max_ngram_size - 1))  # the step does not depend on it
     key = json.dumps({**config.to_dict(), **same}, sort_keys=True, default=str)
@@ -334,7 +330,8 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     if split > 1:  # whole at a time: what is outside the layers, and the layer at work and the next
         whole = [sum(numel[n] for n in numel if f".layers.{i}." in n) for i in (0, 1)]
         outer = sum(size for name, size in numel.items() if ".layers." not in name)
-        peak = dict(peak, gradientes=peak["gradientes"] / split, copias=2 * (2 * outer + sum(whole) + whole[0]))
+        peak = dict(peak, gradientes=peak["gradientes"] / split, media=2 * (2 * outer + sum(whole) + whole[0]))
+    peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
     update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
     computing = max((back, update), key=lambda items: sum(items.values()))
@@ -363,22 +360,24 @@ def room(machine: Machine) -> dict[str, float]:
     return {"GPU": machine.gpu, "RAM": machine.ram / (1 if machine.gpu else machine.cards), "disco": machine.disk}
 
 
-def lacking(config, choice, machine, step=traced) -> dict[int, list[str]]:
-    """{phase: what is too small for it}, of the phases that run."""
+def lacking(config, choice, machine, step=traced, spare=0.0) -> dict[int, list[str]]:
+    """{phase: what is too small for it}, of the phases that run; a share `spare` of everything stays free."""
     there, phases = room(machine), [phase for phase in (1, 2) if choice.steps[phase - 1]]
     needs = {phase: account(config, choice, machine, phase, step) for phase in phases}
-    return {phase: [p for p in need if sum(need[p].values()) > there[p]] for phase, need in needs.items()}
+    return {
+        phase: [p for p in need if sum(need[p].values()) > (1 - spare) * there[p]] for phase, need in needs.items()
+    }
 
 
 def fits(config, choice, machine) -> bool:
     def nothing(*_):  # what does not fit even so need not be traced
-        return dict(activaciones=0, logits=0, copias=0, gradientes=0)
+        return dict(activaciones=0, logits=0, media=0, gradientes=0)
 
-    return not any(any(lacking(config, choice, machine, step).values()) for step in (nothing, traced))
+    return not any(any(lacking(config, choice, machine, step, SPARE).values()) for step in (nothing, traced))
 
 
 def flops_per_token(config, choice, phase: int) -> float:
-    """Multiplications and additions: 2 per weight forward, as many for gradients of inputs, as many for those of weights.
+    """Operations: 2 per weight forward, 2 for gradients of inputs, 2 for those of weights.
 
     Phase 1 takes gradients of inputs from the first Engram layer up, and of weights in Engram alone. Repeating forward
     adds 2 where it is repeated. Attention (causal) adds 2·T·d per layer and pass.
@@ -395,19 +394,19 @@ def flops_per_token(config, choice, phase: int) -> float:
 def search(config, choice: Choice, machine: Machine) -> Choice | None:
     """The most comfortable choice that fits, from `choice` on: what costs least in time and quality is given up first.
 
-    Tokens per step stay the same. Order: smaller batches, recomputing, tables in RAM, one number of state per row,
-    Adafactor, shorter blocks.
+    Order: smaller batches, recomputing, tables in RAM, one number of state per row, Adafactor, shorter blocks; and
+    last the tokens per step, which stay the same until then.
     """
-    per_step = choice.tokens * choice.accumulate
+    per_step = dict.fromkeys([choice.tokens * choice.accumulate, 0])  # 0: as many as one batch has
     lengths = [choice.length] + [n for n in (1024, 512, SHORTEST) if n < choice.length]
     batches = [choice.batch] + [n for n in (16, 8, 4, 2, 1) if n < choice.batch]
     places = [choice.place] + ["ram"] * (machine.gpu > 0 and choice.place == "auto")
     row_states, optimizers = dict.fromkeys([choice.row_state, "fila"]), dict.fromkeys([choice.optimizer, "adafactor"])
     recompute = dict.fromkeys([choice.recompute, True])
-    for length, optimizer, row_state, place, again, batch in product(
-        lengths, optimizers, row_states, places, recompute, batches
+    for total, length, optimizer, row_state, place, again, batch in product(
+        per_step, lengths, optimizers, row_states, places, recompute, batches
     ):
-        accumulate = max(1, round(per_step / (batch * length)))
+        accumulate = max(1, round(total / (batch * length)))
         tried = replace(
             choice, length=length, optimizer=optimizer, row_state=row_state, place=place, recompute=again, batch=batch,
             accumulate=accumulate,
@@ -442,9 +441,17 @@ def most_rows(config, choice, machine) -> int | None:
 
 # ---------- What is printed ----------
 
+LAUNCH = "accelerate launch --num_processes {}"
+SHARDED = (
+    " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+    " --fsdp_transformer_layer_cls_to_wrap PhiEngramDecoderLayer"
+)
+
+
 def command(choice: Choice, machine: Machine, given=()) -> str:
     """The command line of a choice; `given`: further words of it."""
-    launch = "accelerate launch --num_processes 2" if machine.cards == 2 and not machine.measured else "python"
+    sharded = SHARDED if machine.gpu and choice.steps[1] else ""
+    launch = "python" if machine.cards == 1 else LAUNCH.format(machine.cards) + sharded
     words = [*given, f"--lote {choice.batch} --longitud {choice.length} --acumular {choice.accumulate}"]
     words += ["--recalcular"] * choice.recompute
     words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")
@@ -541,8 +548,10 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     if machine.measured:
         lines.append(f"Horas estimadas con {speed}, de una multiplicación medida ahora.")
     else:
-        lines.append(f"Horas con {speed} por tarjeta, un supuesto: no medido.")
-        lines.append(f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} de RAM del sistema.")
+        lines += [
+            f"Horas con {speed} por tarjeta: supuesto, no medido.",
+            f"También supuesto: {giga(machine.base_gpu)} de CUDA, {giga(machine.base_ram)} de RAM del sistema.",
+        ]
     if machine.cards > 1 and machine.gpu:
         lines.append("Fase 2 repartida con FSDP2: cada tarjeta guarda la mitad de pesos, gradientes y estado.")
     if machine.scratch:
@@ -550,18 +559,50 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     return "\n".join(lines)
 
 
+def steady_allocator() -> None:
+    """Give freed blocks of 64 kB and more back to the system at once, where the C library is glibc.
+
+    By itself it keeps freed blocks of up to 32 MB, in pieces: up to half as much again as tensors take on a CPU.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD; the first argument is fixed in malloc.h
+    except (OSError, AttributeError, TypeError):
+        pass  # another system or library
+
+
 def check(name, choice: Choice, machine: Machine, given=()) -> None:
-    """Stop a training that cannot fit before anything of it is opened or downloaded.
+    """Stop a training that cannot fit before anything of it is opened or downloaded, but for its config.json.
 
     Raises:
         UserError: what is too small, by how much, and the command that fits.
     """
-    config, _ = open_config(name)
-    there = room(machine)
-    for phase, places in lacking(config, choice, machine).items():
-        for place in places:
-            need = sum(account(config, choice, machine, phase)[place].values())
-            raise UserError(
-                f"La fase {phase} necesita {giga(need)} de {place} y hay {giga(there[place])}. No he abierto nada. "
-                f"{advice(config, choice, machine, given)}   (el detalle: python train_phi_engram.py --plan)"
-            )
+    if read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type:
+        return  # opening it says what it is
+    config, there = open_config(name)[0], room(machine)
+    for phase in (phase for phase in (1, 2) if choice.steps[phase - 1]):
+        for place, items in account(config, choice, machine, phase).items():
+            need = sum(items.values())
+            if need > there[place]:
+                raise UserError(
+                    f"La fase {phase} necesita {giga(need)} de {place} y hay {giga(there[place])}. No he abierto nada. "
+                    f"{advice(config, choice, machine, given)}   (El detalle: python train_phi_engram.py --plan)"
+                )
+            if place == "RAM" and not machine.gpu and 2 * need > there[place]:
+                steady_allocator()  # it costs time, so only where the gaps might be missed
+
+
+def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
+    """What train_phi_engram.py's command line asks for: the arguments of `plan` and `check`."""
+    machine = named_machine(args.plan) if args.plan else this_machine(args.salida)
+    model = args.modelo
+    if machine.scratch and model == "phi1-engram":
+        model = f"{machine.scratch}/{model}"
+    given = [] if model == "phi1-engram" else [f"--modelo {shlex.quote(model)}"]
+    for flag in ("datos", "dataset"):
+        given += [f"--{flag} {shlex.quote(getattr(args, flag))}"] if getattr(args, flag) else []
+    given += [f"--salida {shlex.quote(args.salida)}"] * (args.salida != "phi1-engram-trained")
+    choice = Choice(
+        args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
+        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), getattr(args, "conservar", 1), args.reanudar,
+    )  # fmt: skip
+    return args.modelo, choice, machine, given

@@ -29,7 +29,7 @@ try:
     import torch
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import set_seed
+    from accelerate.utils import AutocastKwargs, set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
@@ -47,6 +47,7 @@ try:
         whole_folder,
     )
     from phi1_engram import unpack
+    from plan_phi_engram import check, from_args, plan
     from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
@@ -340,7 +341,9 @@ def make_accelerator(**options) -> Accelerator:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
     # Without a card accelerate joins processes only when it is told that they are to use the CPU.
     cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[constant], **options)
+    # Every weight is used once a pass: kept copies of them in half precision would only fill the card.
+    handlers = [constant, AutocastKwargs(cache_enabled=False)]
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, **options)
 
 
 def train_model(
@@ -582,6 +585,10 @@ def parse(argv):
         help="lo que se guarda para entrenar la tabla: dos números por valor, o uno por fila (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--recalcular", action="store_true", help="menos memoria, un tercio más de tiempo")
+    parser.add_argument(
+        "--plan", nargs="?", const="", metavar="MÁQUINA",
+        help="solo decir si cabe y con qué orden: en este equipo, o en t4, t4x2, colab o kaggle",
+    )  # fmt: skip
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
@@ -627,6 +634,9 @@ def main(argv=None):
             print("\nLa demostración no se reanuda; para empezarla de nuevo: python train_phi_engram.py --demo")
             raise
         return
+    if args.plan is not None:
+        print(plan(*from_args(args)))
+        return
     output = Path(args.salida)
     if output.exists() and not args.reanudar:
         raise UserError(f"{output}/ ya existe y no la voy a pisar. Elige otra --salida, o bórrala si ya no la quieres.")
@@ -636,6 +646,7 @@ def main(argv=None):
             lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
             "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
         )  # fmt: skip
+    check(*from_args(args))
     model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
     writable_memory(model)
     print(about_memory(model))

@@ -4,8 +4,8 @@
     python tests/bench_plan.py --solo demo     # only the shapes that have this in their name
 
 Measured is the highest resident memory (VmHWM) of three steps less what the same process held before the model was
-there, its libraries already warm; tables and their state are written whole first, as a long training does. The
-allocator is the system's as it comes.
+there, its libraries already warm; tables and their state are written whole first, as a long training does. Memory
+that is freed goes back to the system at once, as where memory is scarce; `--reservado` leaves glibc as it comes.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, this_machine  # noqa: E402
+from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
 from train_phi_engram import DEMO_SHAPE, PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
 
@@ -34,7 +34,8 @@ WIDE = dict(
     max_position_embeddings=1024, engram_layer_ids=[1, 4], engram_vocab_size=[50000] * 2, **FOREIGN,
 )  # fmt: skip
 DEMO = dict(
-    DEMO_SHAPE, engram_layer_ids=[1, 2], engram_vocab_size=[20000] * 2, n_embed_per_ngram=128, n_head_per_ngram=8, **FOREIGN
+    DEMO_SHAPE, engram_layer_ids=[1, 2], engram_vocab_size=[20000] * 2, n_embed_per_ngram=128, n_head_per_ngram=8,
+    **FOREIGN,
 )
 STEPS = 3
 CASES = [  # name, shape, phase, what differs from Choice
@@ -84,11 +85,13 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
     return seconds / steps
 
 
-def one(number: int) -> dict:
+def one(number: int, steady: bool) -> dict:
     _, fields, phase, different = CASES[number]
     choice = replace(Choice(accumulate=1), **different)
     small = dict(DEMO, num_hidden_layers=2, engram_layer_ids=[1], engram_vocab_size=[50] * 2)
     train(small, replace(choice, batch=1, length=8), 2, 1)  # what libraries take once, however large the model
+    if steady:
+        steady_allocator()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     seconds = train(fields, choice, phase, STEPS)
@@ -104,9 +107,10 @@ def main(argv=None):
     parser = SpanishParser(description="Compara el plan de memoria con lo que ocupan pasos de verdad.")
     parser.add_argument("--solo", default="", help="solo las formas con esto en el nombre")
     parser.add_argument("--uno", type=int, help="un solo caso, en este proceso")
+    parser.add_argument("--reservado", action="store_true", help="con la reserva de memoria tal como viene")
     args = parser.parse_args(argv)
     if args.uno is not None:
-        print(json.dumps(one(args.uno)))
+        print(json.dumps(one(args.uno, not args.reservado)))
         return
     started = time.perf_counter()
     print("| forma | fase | lote × longitud | receta | plan | medido | diferencia | del producto de matrices |")
@@ -115,9 +119,8 @@ def main(argv=None):
         if args.solo not in name:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            result = subprocess.run(
-                [sys.executable, __file__, "--uno", str(number)], capture_output=True, text=True, cwd=scratch
-            )
+            words = [sys.executable, __file__, "--uno", str(number), *["--reservado"] * args.reservado]
+            result = subprocess.run(words, capture_output=True, text=True, cwd=scratch)
         if result.returncode:
             raise RuntimeError(result.stderr[-2000:])
         row = json.loads(result.stdout.splitlines()[-1])
