@@ -67,7 +67,7 @@ MACHINES = {
     "kaggle": Machine("kaggle", cards=2, ram=29e9, disk=20e9, scratch="/tmp", **T4),
 }
 # Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench_plan.py).
-STEP_SHARE = 0.6
+STEP_SHARE = 0.4
 
 
 def named_machine(name: str) -> Machine:
@@ -317,7 +317,9 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     states = sum(kept)
     # On a card AdamW updates all parameters of a group at once, and takes one more number for each.
     at_once = machine.gpu and choice.optimizer == "adamw"
-    passing = gradients / split if at_once else max(passing) / split
+    # One at a time, and the last work tensor of one parameter goes when the next has its own.
+    second = 4 * sorted(math.prod(shape) for _, shape in trained)[-2]
+    passing = gradients / split if at_once else (max(passing) + second) / split
     rows = sum(4 * n * d for n, d in tables.values())
     row_states = 2 * rows if choice.row_state == "adam" else sum(4 * n for n, _ in tables.values())
 
@@ -526,8 +528,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         f"  {spanish(numbers[0] / 1e6)} millones de parámetros de Phi, {spanish(numbers[1] / 1e6, 1)} de Engram; "
         f"{spanish(rows / 1e6, 2)} millones",
         f"  de filas de {next(iter(tables.values()))[1]} valores. Se calcula en {precision}.",
-        f"  Lote {choice.batch} × {choice.length} tokens, {choice.accumulate} por paso; {choice.optimizer}; estado de "
-        f"filas {choice.row_state}; tablas en {where}" + ("; recalculando" if choice.recompute else ""),
+        f"  Lote {choice.batch} × {choice.length} tokens, {choice.accumulate} por paso; tablas en {where}",
+        f"  {choice.optimizer}; estado de filas: {choice.row_state}" + ("; recalculando" if choice.recompute else ""),
         "",
         table(config, choice, machine),
         "",
@@ -544,18 +546,18 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     for phase in missing:
         hours = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600
         lines.append(f"Fase {phase}: {spanish(hours, 2)} horas por millón de tokens.")
-    speed = f"{spanish(machine.flops / 1e12, 2)} billones de operaciones por segundo"
+    speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
     if machine.measured:
-        lines.append(f"Horas estimadas con {speed}, de una multiplicación medida ahora.")
+        lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
     else:
         lines += [
             f"Horas con {speed} por tarjeta: supuesto, no medido.",
-            f"También supuesto: {giga(machine.base_gpu)} de CUDA, {giga(machine.base_ram)} de RAM del sistema.",
+            f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
         ]
     if machine.cards > 1 and machine.gpu:
-        lines.append("Fase 2 repartida con FSDP2: cada tarjeta guarda la mitad de pesos, gradientes y estado.")
+        lines.append("Fase 2 con FSDP2: cada tarjeta guarda la mitad de pesos, gradientes y estado.")
     if machine.scratch:
-        lines.append(f"El modelo de partida, en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
+        lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
     return "\n".join(lines)
 
 

@@ -46,11 +46,11 @@ CASES = [  # name, shape, phase, what differs from Choice
     ("512 × 8", WIDE, 1, dict(batch=2, length=512, recompute=True)),
     ("512 × 8", WIDE, 2, dict(batch=2, length=512, recompute=True)),
     ("512 × 8", WIDE, 2, dict(batch=1, length=512, recompute=True, optimizer="adafactor", row_state="fila")),
-    ("512 × 8", WIDE, 2, dict(batch=1, length=512, optimizer="muon")),
     ("demo", DEMO, 1, dict(batch=16, length=256)),
     ("demo", DEMO, 2, dict(batch=16, length=256)),
     ("demo", DEMO, 2, dict(batch=16, length=256, recompute=True)),
     ("demo", DEMO, 2, dict(batch=4, length=1024, optimizer="adafactor")),
+    ("demo", DEMO, 2, dict(batch=4, length=256, optimizer="muon")),
 ]
 
 
