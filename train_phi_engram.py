@@ -30,7 +30,7 @@ try:
     import torch
     import transformers
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+    from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list, set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
@@ -51,6 +51,7 @@ try:
         whole_folder,
     )
     from phi1_engram import unpack
+    from plan_phi_engram import check, from_args, plan
     from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
@@ -346,7 +347,9 @@ def make_accelerator(**options) -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process tokenises or saves
     # Without a card accelerate joins processes only when it is told that they are to use the CPU.
     cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[constant, patient], **options)
+    # Every weight is used once a pass: kept copies of them in half precision would only fill the card.
+    handlers = [constant, patient, AutocastKwargs(cache_enabled=False)]
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, **options)
 
 
 def train_model(
@@ -629,6 +632,10 @@ def parse(argv):
     parser.add_argument(
         "--repartir-filas", action="store_true", help="con varios procesos: cada uno guarda una parte de las tablas"
     )
+    parser.add_argument(
+        "--plan", nargs="?", const="", metavar="MÁQUINA",
+        help="solo decir si cabe y con qué orden: en este equipo, o en t4, t4x2, colab o kaggle",
+    )  # fmt: skip
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
     parser.add_argument("--conservar", type=int, default=1, help="puntos de control que se guardan (%(default)s)")
@@ -677,6 +684,9 @@ def main(argv=None):
             print("\nLa demostración no se reanuda; para empezarla de nuevo: python train_phi_engram.py --demo")
             raise
         return
+    if args.plan is not None:
+        print(plan(*from_args(args)))
+        return
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
@@ -689,6 +699,7 @@ def main(argv=None):
             lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
             "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
         )  # fmt: skip
+    check(*from_args(args))
     model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
     writable_memory(model)
     print(about_memory(model))
