@@ -202,10 +202,10 @@ def empty_model(config: PhiEngramConfig) -> PhiEngramForCausalLM:
 
 
 @lru_cache(maxsize=256)
-def _traced(config_json, tokens, phase, recompute, half, accumulated, shards):
+def _traced(config_json, tokens, phase, recompute, half, accumulated):
     config = PhiEngramConfig.from_dict(json.loads(config_json))
     model = empty_model(config).train()
-    live = LiveStorage(config.vocab_size, dict(gradientes=1 / shards, media=1 if shards == 1 else 0))
+    live = LiveStorage(config.vocab_size, dict(gradientes=1, media=1))
     card = AsOnCard(half, live)
     for table in model.model.engram_tables.values():
         # As many rows as the batch can read: what a step works on, never the table.
@@ -237,19 +237,18 @@ def _traced(config_json, tokens, phase, recompute, half, accumulated, shards):
     return live.at_peak
 
 
-def traced(config, tokens, phase, recompute=False, half=None, accumulated=False, shards=1) -> dict[str, int]:
+def traced(config, tokens, phase, recompute=False, half=None, accumulated=False) -> dict[str, int]:
     """Bytes that live at the peak of one forward and backward pass, beside weights and whole tables.
 
     Args:
         tokens: batch * length; with attention that keeps no T x T matrix they enter alike.
         accumulated: an earlier micro-batch has left its gradients.
-        shards: gradients are divided among so many, and half-precision copies are not kept (FSDP).
     Returns:
         {"activaciones", "logits", "media" (weights in half precision), "gradientes"}.
     """
     same = dict(engram_vocab_size=[2] * (config.max_ngram_size - 1))  # the step does not depend on it
     key = json.dumps({**config.to_dict(), **same}, sort_keys=True, default=str)
-    return _traced(key, tokens, phase, recompute, half, accumulated, shards)
+    return _traced(key, tokens, phase, recompute, half, accumulated)
 
 
 # ---------- What a training keeps ----------
@@ -309,7 +308,6 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     of all their rows: what a long training reaches. `step`: `traced`, or what stands for it.
     """
     dense, tables = shapes(config)
-    split = machine.cards if machine.gpu and phase == 2 else 1  # FSDP2: weights, gradients and states in equal parts
     numel = {name: math.prod(shape) for name, shape in dense}
     trained = [(name, shape) for name, shape in dense if phase == 2 or "engram" in name]
     weights, gradients = 4 * sum(numel.values()), 4 * sum(numel[name] for name, _ in trained)
@@ -319,27 +317,24 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     at_once = machine.gpu and choice.optimizer == "adamw"
     # One at a time, and the last work tensor of one parameter goes when the next has its own.
     second = 4 * sorted(math.prod(shape) for _, shape in trained)[-2]
-    passing = gradients / split if at_once else (max(passing) + second) / split
+    passing = gradients if at_once else max(passing) + second
     rows = sum(4 * n * d for n, d in tables.values())
     row_states = 2 * rows if choice.row_state == "adam" else sum(4 * n for n, _ in tables.values())
 
-    peak = step(config, choice.tokens, phase, choice.recompute, machine.half, choice.accumulate > 1, split)
+    peak = step(config, choice.tokens, phase, choice.recompute, machine.half, choice.accumulate > 1)
     orders = config.max_ngram_size - 1
     read = [  # bytes of all rows that a step reads, if no two are the same
         4 * d * min(n, choice.tokens * choice.accumulate * orders * config.n_head_per_ngram) for n, d in tables.values()
     ]
-    lasting = {"pesos": weights / split, "estado del optimizador": states / split, "gradientes": gradients / split}
-    if split > 1:  # whole at a time: what is outside the layers, and the layer at work and the next
-        whole = [sum(numel[n] for n in numel if f".layers.{i}." in n) for i in (0, 1)]
-        outer = sum(size for name, size in numel.items() if ".layers." not in name)
-        peak = dict(peak, gradientes=peak["gradientes"] / split, media=2 * (2 * outer + sum(whole) + whole[0]))
+    lasting = {"pesos": weights, "estado del optimizador": states, "gradientes": gradients}
     peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
     update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
     computing = max((back, update), key=lambda items: sum(items.values()))
     stored = {"tablas": rows, "estado de las tablas": row_states}
 
-    disk = weights + states + rows + row_states
+    own = weights if phase == 2 else gradients  # a checkpoint of phase 1 leaves the frozen backbone out
+    disk = own + states + rows + row_states
     final = weights + rows
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
     files |= {"lo que se guarda a su lado": max(disk * choice.keep, final) - disk * choice.resume}
@@ -444,16 +439,11 @@ def most_rows(config, choice, machine) -> int | None:
 # ---------- What is printed ----------
 
 LAUNCH = "accelerate launch --num_processes {}"
-SHARDED = (
-    " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
-    " --fsdp_transformer_layer_cls_to_wrap PhiEngramDecoderLayer"
-)
 
 
 def command(choice: Choice, machine: Machine, given=()) -> str:
     """The command line of a choice; `given`: further words of it."""
-    sharded = SHARDED if machine.gpu and choice.steps[1] else ""
-    launch = "python" if machine.cards == 1 else LAUNCH.format(machine.cards) + sharded
+    launch = "python" if machine.cards == 1 else LAUNCH.format(machine.cards)
     words = [*given, f"--lote {choice.batch} --longitud {choice.length} --acumular {choice.accumulate}"]
     words += ["--recalcular"] * choice.recompute
     words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")
@@ -555,7 +545,7 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
             f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
         ]
     if machine.cards > 1 and machine.gpu:
-        lines.append("Fase 2 con FSDP2: cada tarjeta guarda la mitad de pesos, gradientes y estado.")
+        lines.append("Cada tarjeta guarda el modelo entero y lee sus propios bloques.")
     if machine.scratch:
         lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
     return "\n".join(lines)

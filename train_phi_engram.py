@@ -342,7 +342,7 @@ def make_accelerator(**options) -> Accelerator:
     if torch.cuda.is_available():
         precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     # Buffers are constants: nothing to send to the other processes before each pass.
-    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process tokenises or saves
     # Without a card accelerate joins processes only when it is told that they are to use the CPU.

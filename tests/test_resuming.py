@@ -224,7 +224,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_good_and_says_so(place, whole, s
     (only,) = checkpoints.all_checkpoints(disk / "mio-checkpoints")
     size = sum(path.stat().st_size for path in only.iterdir())
     small_disk(size * 3 // 2)
+
+    def fills_later(*options):  # the plan, which finds this out before it begins, sees a disk that others fill later
+        train.check = lambda *_: None
+        bench_kills.train_here(*options)
+
     code, out = run(place, "--salida", str(disk / "mio"), "--reanudar")
+    assert code == 1 and "No he abierto nada" in out, out
+    code, out = run(place, "--salida", str(disk / "mio"), "--reanudar", action=fills_later)
     assert code == 1, out
     assert "No queda espacio en el disco" in out and f"punto de control entero es {only}" in out
     assert checkpoints.all_checkpoints(disk / "mio-checkpoints") == [only] and checkpoints.fault(only) is None
