@@ -46,13 +46,14 @@ def main(folder, *wishes):
             accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="",
             on_step=lambda step, loss, seconds: losses.append(loss),
         )  # fmt: skip
-        weights = accelerator.get_state_dict(ready[0])
+        weights = accelerator.unwrap_model(ready[0]).state_dict()
+        weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
         sent = tables.sent
     kept = {name: table.weight for name, table in model.model.engram_tables.items() if table.weight is not None}
     state = dict(losses=torch.tensor(losses, dtype=torch.double), sent=torch.tensor(sent))
     state |= {f"table.{name}": weight.detach().contiguous() for name, weight in kept.items()}
     if accelerator.is_main_process:
-        state |= {f"dense.{name}": weight.contiguous() for name, weight in weights.items()}
+        state |= {f"dense.{name}": weight.clone() for name, weight in weights.items()}
     save_file(state, Path(folder) / f"{accelerator.process_index}.safetensors")
     accelerator.end_training()
 
