@@ -267,6 +267,7 @@ class Choice:
     steps: tuple[bool, bool] = (True, True)  # which phases run
     keep: int = 1  # checkpoints kept
     resume: bool = False
+    shard: bool = False  # every process keeps a part of the rows instead of all
 
     @property
     def tokens(self) -> int:
@@ -331,7 +332,8 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
     update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
     computing = max((back, update), key=lambda items: sum(items.values()))
-    stored = {"tablas": rows, "estado de las tablas": row_states}
+    part = machine.cards if choice.shard else 1
+    stored = {"tablas": rows / part, "estado de las tablas": row_states / part}
 
     own = weights if phase == 2 else gradients  # a checkpoint of phase 1 leaves the frozen backbone out
     disk = own + states + rows + row_states
@@ -449,6 +451,7 @@ def command(choice: Choice, machine: Machine, given=()) -> str:
     words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")
     words += [f"--estado-filas {choice.row_state}"] * (choice.row_state != "adam")
     words += [f"--memoria {choice.place}"] * (choice.place != "auto")
+    words += ["--repartir-filas"] * choice.shard
     words += [f"--pasos-fase{phase} 0" for phase in (1, 2) if not choice.steps[phase - 1]]
     return " ".join([launch, "train_phi_engram.py", *words])
 
@@ -595,6 +598,6 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
     given += [f"--salida {shlex.quote(args.salida)}"] * (args.salida != "phi1-engram-trained")
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
-        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), getattr(args, "conservar", 1), args.reanudar,
+        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, args.reanudar, args.repartir_filas,
     )  # fmt: skip
     return args.modelo, choice, machine, given
