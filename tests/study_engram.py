@@ -50,7 +50,7 @@ SHORT, LONG = (65, 135), (130, 270)  # steps of both phases: a third frozen, two
 DOMAIN_TOKENS = 1_500_000  # of a package, at most
 SEEDS = (0, 1, 2)
 ROW_SIZE = 0.1  # root mean square of rows that do not begin at zero
-WARM_BLOCKS = 1024  # of the training text, from which rows begin warm
+WARM_BLOCKS = 4096  # of the training text, from which rows begin warm
 
 
 # ---------- The rows, in the order in which they are run ----------
@@ -66,6 +66,7 @@ def study_rows() -> dict[str, dict]:
     for rate in (2e-3, 1e-3, 4e-3):
         rows[f"control-corto-{rate:g}"] = dict(kind="control", steps=sum(SHORT), rate=rate, seed=0)
     engram("engram-corto")
+    rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
     engram("engram-s0", LONG)
     rows["control-s0"] = dict(kind="control", steps=sum(LONG), seed=0)
     engram("fases-0-200", (0, 200))
@@ -90,6 +91,7 @@ def study_rows() -> dict[str, dict]:
     engram("sin-conv", without="conv")
     engram("filas-estados", begin="states")
     engram("filas-tokens", begin="tokens")
+    engram("filas-siguiente", begin="next")
     engram("filas-azar", begin="random")
     engram("tasa-x25", recipe=dict(table_rates=(2.5e-2, 2.5e-2)))
     engram("tasa-x1", recipe=dict(table_rates=(1e-3, 1e-3)))
@@ -338,7 +340,8 @@ def begin_rows(model, begin: str, corpus, recipe):
     """Give rows another beginning than zero; the value projection begins at zero instead, so the graft stays exact.
 
     "random": normal. "tokens": the mean of the backbone's embeddings of the n-gram's tokens (NGM, arXiv 2605.16893).
-    "states": the backbone's last hidden state at the n-gram (Memory Grafting, arXiv 2605.20948). The last two are
+    "states": the backbone's last hidden state at the n-gram (Memory Grafting, arXiv 2605.20948). "next": the head's
+    vector of the token that follows it, less the mean vector (softmax does not see a common part). The last three are
     averaged over all occurrences in the text that fall on the row; each head keeps its part of a random rotation.
     """
     config, memory = model.config, model.model.engram_hash
@@ -355,10 +358,13 @@ def begin_rows(model, begin: str, corpus, recipe):
     counts = [torch.zeros(len(rows), 1) for rows in tables]
     for number in range(WARM_BLOCKS // recipe.batch):
         ids = batch_at(corpus.train, number, recipe)
+        ids, following = ids[:, :-1], ids[:, 1:]
         if begin == "tokens":
             tokens = model.model.embed_tokens(ids)
             shifted = [nn.functional.pad(tokens, (0, 0, back, 0))[:, : ids.shape[1]] for back in range(orders + 1)]
             vectors = [sum(shifted[: n + 1]) / (n + 1) for n in range(1, orders + 1)]
+        elif begin == "next":
+            vectors = [(model.lm_head.weight - model.lm_head.weight.mean(0))[following]] * orders
         else:
             vectors = [model.model(ids, use_cache=False).last_hidden_state] * orders
         pieces = torch.stack([v @ turn for v in vectors], 2)  # [B, T, N-1, n_embed_per_ngram]

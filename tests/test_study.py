@@ -56,8 +56,8 @@ def test_documents_are_split_at_their_ends():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(begin="zero"), dict(begin="random"), dict(begin="tokens"), dict(begin="states"), dict(without="gate"),
-    dict(without="conv"), dict(config=dict(engram_bias=True)),
+    dict(begin="zero"), dict(begin="random"), dict(begin="tokens"), dict(begin="states"), dict(begin="next"),
+    dict(without="gate"), dict(without="conv"), dict(config=dict(engram_bias=True)),
 ], ids=str)  # fmt: skip
 def test_every_graft_is_exact(small, changes):
     plain = PhiForCausalLM.from_pretrained(small).eval()
