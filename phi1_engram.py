@@ -560,6 +560,7 @@ class EngramTable(nn.Module):
         self._stream = None
         # Row-sparse gradients are a choice of the training loop: AdamW, the usual optimiser, refuses them.
         self.sparse_grad = False
+        self.read = None  # of a training loop that keeps the rows itself: row_ids -> rows (rows_phi_engram.py)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -568,7 +569,7 @@ class EngramTable(nn.Module):
 
     @property
     def writable(self) -> bool:
-        return self.weight is not None and self.weight.is_floating_point()
+        return self.read is not None or (self.weight is not None and self.weight.is_floating_point())
 
     def _apply(self, fn, recurse=True):
         return self if self.stays else super()._apply(fn, recurse)
@@ -616,7 +617,7 @@ class EngramTable(nn.Module):
 
     def announce(self, row_ids: torch.LongTensor):
         """Begin to bring the rows that the next `forward` will be asked for."""
-        if not (self.stays and self.prefetches) or torch.compiler.is_compiling():
+        if self.read or not (self.stays and self.prefetches) or torch.compiler.is_compiling():
             return
         ready = None
         if row_ids.is_cuda:
@@ -659,6 +660,8 @@ class EngramTable(nn.Module):
 
     def forward(self, row_ids: torch.LongTensor) -> torch.Tensor:
         """int64 [B, T, H] in 0..n_rows-1 -> rows [B, T, H, d_head] of any floating type."""
+        if self.read:
+            return self.read(row_ids)
         if self.stays and not (self.writable and torch.is_grad_enabled()):
             return self._brought(row_ids)
         rows = F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad and self.writable)

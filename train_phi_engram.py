@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -45,6 +45,7 @@ try:
         whole_folder,
     )
     from phi1_engram import unpack
+    from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
     from share_phi_engram import on_hub, result_line, result_table, save_trained
@@ -69,12 +70,22 @@ class Recipe:
     accumulate: int = 1  # micro-batches per step
     steps: tuple[int, int] = (0, 0)  # of phase 1 and phase 2; 0 skips the phase
     weight_decay: float = 0.1  # backbone matrices only
-    clip: float = 1.0  # norm of the dense gradients; Adam's row updates need none
+    clip: float = 1.0  # joint norm of all gradients
     seed: int = 0
+    optimizer: str = "adamw"  # of dense weights: one of OPTIMIZERS
+    row_state: str = "adam"  # of table rows: one of ROW_STATES
+    recompute: bool = False  # activations again in backward (gradient checkpointing): less memory, a third more time
+    processes: int = 1  # that train together, each on micro-batches of its own
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch * self.length * self.accumulate
+        return self.batch * self.length * self.accumulate * self.processes
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """All rates times `factor`."""
+    pairs = {name: tuple(factor * rate for rate in getattr(recipe, name)) for name in ("memory_rates", "table_rates")}
+    return replace(recipe, backbone_rate=factor * recipe.backbone_rate, **pairs)
 
 
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
@@ -83,6 +94,7 @@ PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5),
 DEMO_RECIPE = Recipe(
     1e-3, memory_rates=(2.5e-3, 2.5e-3), table_rates=(2e-2, 2e-2), batch=16, length=256, steps=(40, 80)
 )
+PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
 DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 480, 2e-3, (1e-3, 2e-3, 4e-3)
 DEMO_SHAPE = dict(
     vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -93,22 +105,31 @@ DEMO_ENGRAM = dict(layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_p
 
 # ---------- Optimiser, one step, evaluation ----------
 
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+
+
 class EngramOptimizer(torch.optim.Optimizer):
-    """AdamW for dense weights and SparseAdam for tables behind one `step`.
+    """Optimisers of dense weights, and the rows that a step reads, behind one `step`.
 
     As one optimiser it makes one decision when a float16 gradient overflows: all of it steps, or nothing does.
     """
 
-    def __init__(self, dense, tables=()):
-        self.parts = [torch.optim.AdamW(dense)]
-        if tables:
-            self.parts.append(torch.optim.SparseAdam(tables))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+    def __init__(self, parts, tables=None, table_rate=0.0):
+        self.parts, self.tables = parts, tables
+        groups = [group for part in parts for group in part.param_groups]
+        self.rows = dict(params=[], lr=table_rate)
+        super().__init__([*groups, self.rows], {})
+
+    def collect(self):
+        """After the last backward of a step: exchange rows between processes, and take their gradients in."""
+        self.rows["params"] = self.tables.collect() if self.tables else []
 
     @torch.no_grad()
     def step(self, closure=None):
         for part in self.parts:
             part.step()
+        if self.tables:
+            self.tables.step(self.rows["lr"])
 
     def state_dict(self):
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -116,29 +137,69 @@ class EngramOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state):
         for part, saved in zip(self.parts, state["parts"]):
             part.load_state_dict(saved)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.param_groups = [*(group for part in self.parts for group in part.param_groups), self.rows]
 
 
-def make_optimizer(model, backbone_rate: float, memory_rate: float, table_rate: float, decay: float) -> EngramOptimizer:
-    """Groups of the parameters that require a gradient; tables get row-sparse gradients and no weight decay."""
-    groups = {"matrices": [], "vectors": [], "memory": [], "tables": []}
+def make_optimizer(
+    model, backbone_rate: float, memory_rate: float, table_rate: float, decay: float, kind="adamw", tables=None
+) -> EngramOptimizer:
+    """Groups of the parameters that require a gradient, beside `tables`, the rows (TrainedTables; no weight decay).
+
+    Args:
+        kind: "adamw"; "adafactor", whose second moments are factored (Shazeer and Stern, 2018); or "muon" for matrices
+            inside the layers and AdamW for the rest.
+    """
+    groups = {"matrices": [], "outer": [], "vectors": [], "memory": [], "memory_vectors": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "tables" if "engram_tables" in name else "memory" if "engram" in name else "matrices"
-            groups["vectors" if kind == "matrices" and parameter.ndim < 2 else kind].append(parameter)
-    for module in model.modules():
-        if hasattr(module, "sparse_grad"):
-            module.sparse_grad = True
-    dense = [
-        dict(params=groups["matrices"], lr=backbone_rate, weight_decay=decay),
-        dict(params=groups["vectors"], lr=backbone_rate, weight_decay=0.0),
-        dict(params=groups["memory"], lr=memory_rate, weight_decay=0.0),
-    ]
-    tables = [dict(params=groups["tables"], lr=table_rate)] if groups["tables"] else []
-    optimizer = EngramOptimizer([group for group in dense if group["params"]], tables)
-    for group in optimizer.param_groups:
-        group["full_lr"] = group["lr"]
+            vector = parameter.ndim != 2
+            if "engram" in name:
+                groups["memory_vectors" if vector else "memory"].append(parameter)
+            elif vector:
+                groups["vectors"].append(parameter)
+            else:
+                groups["matrices" if ".layers." in name else "outer"].append(parameter)
+    rates = dict.fromkeys(groups, backbone_rate) | dict(memory=memory_rate, memory_vectors=memory_rate)
+    # full_lr is what the schedule multiplies.
+    groups = {
+        name: dict(
+            params=parameters, lr=rates[name], full_lr=rates[name],
+            weight_decay=decay if name in ("matrices", "outer") else 0.0,
+        )
+        for name, parameters in groups.items() if parameters
+    }  # fmt: skip
+    parts = []
+    if kind == "muon":
+        hidden = [groups.pop(name) for name in ("matrices", "memory") if name in groups]
+        # Its updates scaled to those of AdamW, so that the same rates serve.
+        parts.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+    if groups:
+        parts.append((torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW)(list(groups.values())))
+    optimizer = EngramOptimizer(parts, tables, table_rate)
+    optimizer.rows["full_lr"] = table_rate
     return optimizer
+
+
+def clip_gradients(accelerator, optimizer, limit: float) -> float:
+    """Scale all gradients together, those of rows too, to a joint norm of at most `limit`. Returns the norm before.
+
+    The norm is what it would be with the whole tables' dense gradients.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    inner.collect()
+    accelerator.unscale_gradients(optimizer)
+    rows = inner.rows["params"]
+    dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
+    squares = torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2
+    if hasattr(squares, "full_tensor"):  # FSDP keeps a part of each gradient here
+        squares = squares.full_tensor()
+    own = sum((p.grad.double().square().sum() for p in rows), torch.zeros((), device=squares.device))
+    if inner.tables and inner.tables.sharded:
+        torch.distributed.all_reduce(own)
+    norm = (squares + own).sqrt().float()
+    for parameters in (dense, rows):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -197,32 +258,62 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
     Args:
         offset: steps of earlier phases, whose batches are not read again before the corpus is through.
         on_step: called after each step with (steps done, loss in nats per token, seconds so far); may raise to stop.
+    Raises:
+        UserError: gradients that are not finite, too many steps in a row.
     """
     model.train()
-    dense = [p for group in optimizer.param_groups for p in group["params"] if "weight_decay" in group]
-    seconds, recent = 0.0, []
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=label, unit="paso")
+    tables = getattr(optimizer, "optimizer", optimizer).tables
+    world, seconds, recent, skipped, in_a_row = accelerator.num_processes, 0.0, [], 0, 0
+
+    def batch(number):  # of this process
+        index = number * world + accelerator.process_index
+        return batch_at(corpus.train, index, recipe).to(accelerator.device)
+
+    ids = batch((offset + first) * recipe.accumulate)
+    hidden = not accelerator.is_main_process
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=label, unit="paso", disable=hidden)
     for step in bar:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * rate_factor(step, steps)
-        loss = 0.0
+        loss = torch.zeros((), device=accelerator.device)
         for micro in range(recipe.accumulate):
-            ids = batch_at(corpus.train, (offset + step) * recipe.accumulate + micro, recipe).to(accelerator.device)
-            part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
-            accelerator.backward(part)
-            loss += part.item()
-        accelerator.clip_grad_norm_(dense, recipe.clip)
-        optimizer.step()
+            following = batch((offset + step) * recipe.accumulate + micro + 1)
+            if tables:
+                tables.expect(following)
+            last = micro == recipe.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
+                accelerator.backward(part)
+            loss += part.detach()
+            ids = following
+        finite = math.isfinite(clip_gradients(accelerator, optimizer, recipe.clip))
+        if finite or accelerator.scaler is not None:  # the scaler skips by itself, and then scales less
+            optimizer.step()
         optimizer.zero_grad()
+        skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+        if in_a_row == PATIENCE:
+            raise UserError(
+                f"{PATIENCE} pasos seguidos con gradientes que no son números: el entrenamiento ha divergido. El "
+                "último punto de control sigue entero. Empieza de nuevo con otra --salida y --tasas 0.3 (un tercio), o "
+                "mira antes si el modelo de partida está sano: python verify_phi_engram.py --modelo CARPETA"
+            )
+        loss = accelerator.reduce(loss, "mean").item()
         seconds += time.perf_counter() - started
         recent = [*recent[-19:], loss]
         speed = recipe.tokens_per_step * (step + 1 - first) / seconds
         mean = spanish(sum(recent) / len(recent), 3)
-        bar.set_postfix_str(f"pérdida {mean}, {spanish(speed)} tokens/s", refresh=False)
+        note = f", {skipped} saltados" if skipped else ""
+        bar.set_postfix_str(f"pérdida {mean}, {spanish(speed)} tokens/s{note}", refresh=False)
         if on_step:
             on_step(step + 1, loss, seconds)
     return seconds
+
+
+def recompute_activations(model):
+    # The first name from transformers 5.23 on.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 # ---------- Two phases ----------
@@ -299,6 +390,7 @@ def train_model(
         checkpoint = checkpoints / f"fase-{position['phase']}-paso-{position['step']:07d}"
         with whole_folder(checkpoint) as temporary:
             accelerator.save_state(str(temporary))
+            tables.save(temporary)
             (temporary / "estado.json").write_text(json.dumps(dict(state, **position, identity=identity)))
         for old in checkpoints.glob("fase-*-paso-*"):
             if old != checkpoint:
@@ -308,20 +400,25 @@ def train_model(
         results.append(dict(name=name, **evaluate(model, corpus, recipe, accelerator.device), **speed))
         print(result_line(results[-1]))
 
-    with stop_requests() as stop:
+    model.to(accelerator.device)  # and the tables, unless they stay in host memory
+    if recipe.recompute:
+        recompute_activations(model)
+    with stop_requests() as stop, TrainedTables(model, recipe.row_state, accelerator.num_processes) as tables:
         for phase in (1, 2):
             steps, first, seconds = recipe.steps[phase - 1], 0, 0.0
             if not steps or phase < state["phase"]:
                 continue
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(phase == 2 or "engram" in name)
+            tables.restart()
             optimizer = make_optimizer(
                 model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
-                recipe.weight_decay,
+                recipe.weight_decay, recipe.optimizer, tables,
             )  # fmt: skip
             model, optimizer = accelerator.prepare(model, optimizer)
             if resume and phase == state["phase"]:
                 accelerator.load_state(str(saved))
+                tables.load(saved)
                 first, seconds = state["step"], state["seconds"]
                 print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
             elif phase == 2:
@@ -474,6 +571,15 @@ def parse(argv):
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
+    parser.add_argument("--tasas", type=float, default=1.0, help="multiplica todas las tasas (%(default)s)")
+    parser.add_argument(
+        "--optimizador", choices=OPTIMIZERS, default="adamw", help="de los pesos densos (%(default)s)"
+    )
+    parser.add_argument(
+        "--estado-filas", choices=ROW_STATES, default="adam",
+        help="lo que se guarda para entrenar la tabla: dos números por valor, o uno por fila (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--recalcular", action="store_true", help="menos memoria, un tercio más de tiempo")
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
@@ -485,6 +591,8 @@ def parse(argv):
         value = getattr(args, name)
         if value is not None and value < 1 + (name == "longitud"):
             raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
+    if args.tasas <= 0:
+        raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.publico and not args.subir:
@@ -539,7 +647,10 @@ def main(argv=None):
     print(corpus.describe())
     if corpus.skipped:
         print(f"Se saltaron {len(corpus.skipped)} archivos o líneas que no son texto; por ejemplo {corpus.skipped[0]}")
-    recipe = replace(PHI_1_RECIPE, length=args.longitud, batch=args.lote, accumulate=args.acumular, seed=args.semilla)
+    recipe = replace(
+        scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
+        seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
+    )  # fmt: skip
     one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
     asked = (args.pasos_fase1, args.pasos_fase2)
     recipe = replace(recipe, steps=tuple(one_pass if steps is None else steps for steps in asked))

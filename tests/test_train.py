@@ -124,7 +124,7 @@ def test_a_single_file_gives_its_tail_to_measure(tmp_path, tokenizer):
     path = tmp_path / "todo.txt"
     path.write_text("\n".join(f"línea número {i}" for i in range(2000)), encoding="utf-8")
     corpus = corpora.prepare_corpus(tokenizer, path, length=32)
-    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // train.HELD_OUT_SHARE
+    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // corpora.HELD_OUT_SHARE
     assert "1999" in tokenizer.decode(corpus.held_out) and "1999" not in tokenizer.decode(corpus.train)
 
 
@@ -154,31 +154,6 @@ def test_batches_cover_the_corpus_once_per_epoch_in_a_seeded_order():
 
 
 # --- one step, evaluation
-
-
-def test_optimiser_takes_sparse_rows_and_leaves_unread_ones_alone():
-    model = helpers.make_model()
-    for name, parameter in model.named_parameters():
-        if "engram_tables" in name:
-            torch.nn.init.zeros_(parameter)
-    optimizer = train.make_optimizer(model, 1e-3, 1e-3, 1e-2, decay=0.1)
-    rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    assert len(rates) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        decay = rates[id(parameter)].get("weight_decay", 0.0)
-        assert decay == (0.1 if "engram" not in name and parameter.ndim == 2 else 0.0), name
-    ids = helpers.random_ids(model, 2, 16)
-    model.train()
-    for _ in range(2):  # accumulated, as in training
-        model(ids, labels=ids).loss.backward()
-    for layer_id, index in model.model.ngram_indices(ids).items():
-        table = model.model.engram_tables[str(layer_id)]
-        assert table.weight.grad.is_sparse
-        place = model.config.engram_layer_ids.index(layer_id)
-        read = torch.unique(index + model.model.engram_hash.offsets[place])
-        optimizer.step()
-        touched = table.weight.detach().abs().sum(-1).nonzero()[:, 0]
-        assert set(touched.tolist()) <= set(read.tolist()) and len(touched) > 0.9 * len(read)
 
 
 def test_evaluation_is_the_mean_loss_of_the_held_out_blocks(tokenizer):

@@ -1,0 +1,319 @@
+"""Training the rows of the tables: only those that a step reads are differentiated, exchanged and updated.
+
+While it trains, a table is no parameter of the model: DDP and FSDP do not see it, and a step costs the same whatever
+its size. A forward pass turns the distinct rows of its batch into leaves of the graph; after backward they are
+(row, gradient) pairs, which cross between processes dense (NCCL reduces no sparse tensors) and step by themselves.
+Used by `train_phi_engram.py`; there is nothing to run here.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from phi1_engram import CHUNK
+
+ROW_STATES = ("adam", "fila")
+
+
+def coalesce(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs (distinct ids [n], values [n, d]) -> all distinct ids, ascending, and the sum of each one's values.
+
+    Part after part, so that every process that has the same parts gets the same bits on a GPU too.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    distinct = torch.cat([row_ids for row_ids, _ in parts]).unique()
+    total = parts[0][1].new_zeros(len(distinct), parts[0][1].shape[1])
+    for row_ids, values in parts:
+        total.index_add_(0, torch.searchsorted(distinct, row_ids), values)
+    return distinct, total
+
+
+class TrainedTable:
+    """One `EngramTable` while it trains: rows, optimiser state, and what this step has read.
+
+    Args:
+        table: its weight is taken over, float32 [n_rows, d_head], and given back by `release`.
+        row_state: "adam" keeps two float32 per value, as torch.optim.SparseAdam does; "fila" keeps one float32 per row,
+            the running mean of its squared gradients, and no momentum.
+        shards: (rank, number of processes) when every process keeps a part of the rows; None when all keep all.
+    """
+
+    def __init__(self, table, row_state: str, shards: tuple[int, int] | None, writer: ThreadPoolExecutor):
+        self.table, self.row_state, self.writer = table, row_state, writer
+        weight = table.weight.detach()
+        self.rank, self.world = shards or (0, 1)
+        self.share = -(-table.n_rows // self.world)  # rows per process; the last may hold fewer
+        if shards:
+            weight = weight[self.rank * self.share : (self.rank + 1) * self.share].clone()
+        self.weight = weight
+        width = table.d_head if row_state == "adam" else 1
+        self.second = weight.new_zeros(len(weight), width)
+        self.first = torch.zeros_like(self.second) if row_state == "adam" else None
+        self.steps = 0
+        self.reads: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.coming = None  # the distinct rows of the batch after this one, on their way
+        self.writing = None
+        table.weight, table.read = None, self.read
+
+    # ----- forward
+
+    def read(self, row_ids: torch.LongTensor) -> torch.Tensor:
+        """int64 [B, T, H] -> rows [B, T, H, d_head], with a gradient of their own while training."""
+        wanted, inverse = row_ids.unique(return_inverse=True)
+        rows = self.fetched(wanted)
+        if torch.is_grad_enabled() and self.table.training:
+            rows = rows.detach().requires_grad_()
+            self.reads.append((wanted, rows))
+        return F.embedding(inverse, rows)
+
+    def fetched(self, wanted: torch.LongTensor) -> torch.Tensor:
+        """Distinct ascending ids [n] -> rows [n, d_head] on their device."""
+        if self.world > 1:
+            return self.from_owners(wanted)
+        if not self.table.stays:
+            return self.weight[wanted]
+        coming, self.coming = self.coming, None
+        if coming is None or not torch.equal(coming["wanted"], wanted):
+            self.wait()
+            return self.weight[wanted.cpu()].to(wanted.device)
+        rows = coming["rows"].result()
+        self.wait()
+        if "fresh" in coming:  # the step in between changed some of them
+            places, values = coming["fresh"]
+            rows = rows.index_copy(0, places.to(rows.device), values.to(rows.device))
+        return rows
+
+    def expect(self, row_ids: torch.LongTensor):
+        """Begin to bring the rows of the next batch, while this one computes and before its step is written."""
+        if self.table.stays and self.world == 1:
+            wanted = row_ids.unique()
+            self.coming = dict(wanted=wanted, host=wanted.cpu())
+            self.coming["rows"] = self.writer.submit(self._bring, self.coming["host"], wanted.device)
+
+    def _bring(self, host, device):
+        rows = self.weight[host]
+        if device.type != "cuda":
+            return rows.to(device)
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        stream.synchronize()  # of this thread alone; the card goes on computing
+        return rows
+
+    def wait(self):
+        """Until the last step is written."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+    # ----- backward: (row, gradient) pairs
+
+    def collect(self, world: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Of all micro-batches and processes: distinct ids [n], mean gradient over processes [n, d], bytes sent."""
+        parts = [(wanted, rows.grad) for wanted, rows in self.reads if rows.grad is not None]
+        self.reads = []
+        row_ids, values = coalesce(parts)
+        if world == 1:
+            return row_ids, values, 0
+        sent = row_ids.numel() * row_ids.element_size() + values.numel() * values.element_size()
+        if self.world > 1:
+            received, (sizes, asked) = self.to_owners(row_ids)
+            parts = zip(received.split(asked), exchange(values, sizes, asked).split(asked))
+        else:
+            parts = gather_pairs(row_ids, values, world)
+        row_ids, values = coalesce(list(parts))
+        return row_ids, values / world, sent
+
+    # ----- update
+
+    def step(self, row_ids, grad, rate: float, betas: tuple[float, float], eps: float):
+        """Update rows `row_ids` [n] by `grad` [n, d]; in host memory without waiting for it."""
+        self.steps += 1
+        if not self.table.stays:
+            return self._update(self.local(row_ids), grad, rate, betas, eps, self.steps)
+        self.wait()
+        ready = torch.cuda.current_stream(grad.device).record_event() if grad.is_cuda else None
+
+        def write(number=self.steps, coming=self.coming):
+            if ready is not None:
+                ready.synchronize()
+            host = self.local(row_ids)
+            self._update(host, grad.cpu(), rate, betas, eps, number)
+            if coming is not None and len(coming["host"]):
+                both = torch.isin(coming["host"], host, assume_unique=True).nonzero()[:, 0]
+                coming["fresh"] = both, self.weight[coming["host"][both]]
+
+        self.writing = self.writer.submit(write)
+
+    @torch.no_grad()
+    def _update(self, row_ids, grad, rate, betas, eps, number):
+        if self.row_state == "adam":
+            first = self.first[row_ids].lerp_(grad, 1 - betas[0])
+            second = self.second[row_ids].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+            self.first[row_ids], self.second[row_ids] = first, second
+            rate = rate * (1 - betas[1] ** number) ** 0.5 / (1 - betas[0] ** number)
+            change = first.mul_(-rate).div_(second.sqrt_().add_(eps))
+        else:
+            square = grad.square().mean(-1, keepdim=True)
+            before = self.second[row_ids]
+            # A row's first gradient stands for its whole past: no bias to correct, and no step larger than the rate.
+            after = torch.where(before > 0, before.lerp(square, 1 - betas[1]), square)
+            self.second[row_ids] = after
+            change = grad * -rate / (after.sqrt_() + eps)
+        self.weight.index_add_(0, row_ids, change)
+
+    # ----- rows that other processes keep (paper Figure 2: all-to-all)
+
+    def to_owners(self, wanted):
+        """Ascending ids [n] -> ids that all processes ask of this one, (ids sent to each, ids received from each)."""
+        edges = torch.arange(1, self.world, device=wanted.device) * self.share
+        cuts = torch.searchsorted(wanted, edges)
+        sizes = torch.diff(cuts, prepend=cuts.new_zeros(1), append=cuts.new_full((1,), len(wanted)))
+        asked = torch.empty_like(sizes)
+        dist.all_to_all_single(asked, sizes)
+        sizes, asked = sizes.tolist(), asked.tolist()
+        return exchange(wanted, sizes, asked), (sizes, asked)
+
+    def from_owners(self, wanted):
+        asked_for, (sizes, asked) = self.to_owners(wanted)
+        self.wait()
+        return exchange(self.weight[self.local(asked_for)].to(wanted.device), asked, sizes)
+
+    def local(self, row_ids):
+        """Ids in the whole table -> places in this process's part, where that is."""
+        return (row_ids - self.rank * self.share).to(self.weight.device)
+
+    # ----- files, and the end
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        self.wait()
+        state = dict(weight=self.weight, second=self.second, steps=torch.tensor(self.steps))
+        return state if self.first is None else dict(state, first=self.first)
+
+    def load(self, tensors: dict[str, torch.Tensor]):
+        for name in ("weight", "second", "first"):
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(tensors[name])
+        self.steps = int(tensors["steps"])
+
+    def restart(self):
+        """Forget the optimiser's state, as a new phase does."""
+        self.wait()
+        self.steps = 0
+        for state in (self.second, self.first):
+            if state is not None:
+                state.zero_()
+
+    def release(self):
+        """Give the rows back to the model; rows kept in parts all come to process 0, in host memory."""
+        self.wait()
+        weight = self.weight if self.world == 1 else self.whole()
+        self.table.weight, self.table.read = None if weight is None else nn.Parameter(weight), None
+
+    def whole(self) -> torch.Tensor | None:
+        weight = torch.empty(self.table.n_rows, self.table.d_head) if self.rank == 0 else None
+        step = max(1, CHUNK // (4 * self.table.d_head))
+        for first in range(0, self.share, step):
+            rows = self.weight[first : first + step]
+            rows = F.pad(rows, (0, 0, 0, min(step, self.share - first) - len(rows)))
+            parts = [torch.empty_like(rows) for _ in range(self.world)]
+            dist.all_gather(parts, rows)
+            for rank, part in enumerate(parts if weight is not None else []):
+                place = weight[rank * self.share + first :][: len(part)]
+                place.copy_(part[: len(place)])
+        return weight
+
+
+def exchange(values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    """All-to-all along the first dimension, `sent[r]` of them to process r and `received[r]` from it."""
+    output = values.new_empty(sum(received), *values.shape[1:])
+    dist.all_to_all_single(output, values.contiguous(), received, sent)
+    return output
+
+
+def gather_pairs(row_ids, values, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of every process, in the order of their ranks."""
+    sizes = [torch.empty(1, dtype=torch.long, device=row_ids.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(row_ids)], device=row_ids.device))
+    sizes = [int(size) for size in sizes]
+
+    def gathered(tensor):
+        padded = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, max(sizes) - len(tensor)))
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+        return [part[:size] for part, size in zip(parts, sizes)]
+
+    return list(zip(gathered(row_ids), gathered(values)))
+
+
+class TrainedTables:
+    """All tables of a model while they train; a context manager that gives them back.
+
+    Args:
+        world: processes that train together. shard: each keeps its part of the rows instead of all.
+    """
+
+    def __init__(self, model, row_state="adam", world=1, shard=False, betas=(0.9, 0.999), eps=1e-8):
+        writer = ThreadPoolExecutor(1, thread_name_prefix="filas")
+        shards = (dist.get_rank(), world) if shard and world > 1 else None
+        self.model, self.world, self.betas, self.eps, self.sent = model, world, betas, eps, 0
+        self.sharded = shards is not None
+        self.parts = {
+            name: TrainedTable(table, row_state, shards, writer) for name, table in model.model.engram_tables.items()
+        }
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for part in self.parts.values():
+            part.release()
+
+    @torch.no_grad()
+    def expect(self, ids: torch.LongTensor):
+        """Rows of the next micro-batch, int64 [B, T] token ids, begin to come where tables stay in host memory."""
+        if any(part.table.stays for part in self.parts.values()):
+            offsets = self.model.model.engram_hash.offsets
+            for offset, (layer_id, row_ids) in zip(offsets, self.model.model.ngram_indices(ids).items()):
+                self.parts[str(layer_id)].expect(row_ids + offset)
+
+    def collect(self) -> list[nn.Parameter]:
+        """The rows that this step read, whose .grad is summed over micro-batches and averaged over processes."""
+        self.pairs = {}
+        for name, part in self.parts.items():
+            row_ids, grad, sent = part.collect(self.world)
+            self.sent += sent
+            holder = nn.Parameter(torch.empty_like(grad))
+            holder.grad = grad
+            self.pairs[name] = row_ids, holder
+        return [holder for _, holder in self.pairs.values()]
+
+    def restart(self):
+        for part in self.parts.values():
+            part.restart()
+
+    def step(self, rate: float):
+        """Update what was collected."""
+        for name, (row_ids, holder) in self.pairs.items():
+            self.parts[name].step(row_ids, holder.grad, rate, self.betas, self.eps)
+
+    def file(self, folder) -> Path:
+        return Path(folder) / (f"tablas-{dist.get_rank()}.safetensors" if self.sharded else "tablas.safetensors")
+
+    def save(self, folder):
+        """Rows and their state, in one safetensors file; one per process where each keeps a part."""
+        save_file({f"{n}.{k}": v for n, p in self.parts.items() for k, v in p.tensors().items()}, self.file(folder))
+
+    def load(self, folder):
+        with safe_open(self.file(folder), "pt") as file:
+            names = list(file.keys())
+            for layer, part in self.parts.items():
+                part.load({n.split(".")[1]: file.get_tensor(n) for n in names if n.startswith(f"{layer}.")})
