@@ -100,6 +100,7 @@ def study_rows() -> dict[str, dict]:
         engram(f"d-{size}", config=dict(n_embed_per_ngram=size))
     for heads in (16, 4):
         engram(f"cabezas-{heads}", config=dict(n_head_per_ngram=heads))
+    engram("estado-fila", recipe=dict(row_state="fila"))
     engram("con-sesgo", config=dict(engram_bias=True))
     for seed in SEEDS[1:]:
         rows[f"reloj-s{seed}"] = dict(kind="control", seed=seed)
