@@ -40,6 +40,7 @@ from load_phi_engram import (  # noqa: E402
     spanish,
     whole_folder,
 )
+from rows_phi_engram import TrainedTables  # noqa: E402
 
 RESULTS = Path(__file__).with_name("study_results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
@@ -66,10 +67,11 @@ def study_rows() -> dict[str, dict]:
     for rate in (2e-3, 1e-3, 4e-3):
         rows[f"control-corto-{rate:g}"] = dict(kind="control", steps=sum(SHORT), rate=rate, seed=0)
     engram("engram-corto")
+    engram("filas-siguiente", begin="next")
+    engram("fases-0-200", (0, 200))
     rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
     engram("engram-s0", LONG)
     rows["control-s0"] = dict(kind="control", steps=sum(LONG), seed=0)
-    engram("fases-0-200", (0, 200))
     engram("tasa-x5", recipe=dict(table_rates=(5e-3, 5e-3)))
     for seed in SEEDS[1:]:
         engram(f"engram-s{seed}", LONG, seed)
@@ -91,7 +93,6 @@ def study_rows() -> dict[str, dict]:
     engram("sin-conv", without="conv")
     engram("filas-estados", begin="states")
     engram("filas-tokens", begin="tokens")
-    engram("filas-siguiente", begin="next")
     engram("filas-azar", begin="random")
     engram("tasa-x25", recipe=dict(table_rates=(2.5e-2, 2.5e-2)))
     engram("tasa-x1", recipe=dict(table_rates=(1e-3, 1e-3)))
@@ -424,8 +425,10 @@ def engram_row(seed: int, steps, recipe=None, config=None, without=None, begin="
     """Row of kind "engram": both phases, through the same function as the product."""
     _, corpus = study_corpus("stdlib")
     recipe = replace(RECIPE, steps=tuple(steps), seed=seed + 1, **(recipe or {}))
+    started = time.perf_counter()
     model, tokenizer = grafted(config, without, begin, seed, corpus, recipe)
-    return train_memory(model, tokenizer, corpus, recipe)
+    grafting = time.perf_counter() - started
+    return dict(train_memory(model, tokenizer, corpus, recipe), graft_seconds=grafting)
 
 
 def train_memory(model, tokenizer, corpus, recipe) -> dict:
@@ -439,7 +442,7 @@ def train_memory(model, tokenizer, corpus, recipe) -> dict:
     )  # fmt: skip
 
 
-def pace_row(rounds: int = 25) -> dict:
+def pace_row(rounds: int = 20) -> dict:
     """Row of kind "pace": median seconds of a step of the control, of phase 1 and of phase 2, taken in turn."""
     _, corpus = study_corpus("stdlib")
     runners = {}
@@ -447,16 +450,15 @@ def pace_row(rounds: int = 25) -> dict:
         model = PhiForCausalLM.from_pretrained(base_folder()) if name == "control" else grafted()[0]
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(name != "frozen" or "engram" in key)
-        optimizer = train.make_optimizer(model, 1e-3, 2.5e-3, 2e-2, 0.1)
+        tables = None if name == "control" else TrainedTables(model, RECIPE.row_state)
+        optimizer = train.make_optimizer(model, 1e-3, 2.5e-3, 2e-2, 0.1, tables=tables)
         accelerator = train.make_accelerator()
         runners[name] = (accelerator, *accelerator.prepare(model, optimizer))
     seconds = {name: [] for name in runners}
     for step in range(rounds):
         for name, (accelerator, model, optimizer) in runners.items():
             seconds[name].append(
-                train.run_steps(
-                    accelerator, model, optimizer, corpus, RECIPE, steps=step + 1, first=step, label=name
-                )
+                train.run_steps(accelerator, model, optimizer, corpus, RECIPE, steps=step + 1, first=step, label=name)
             )
     return {name: median(values[2:]) for name, values in seconds.items()}
 
