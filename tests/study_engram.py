@@ -69,8 +69,8 @@ def study_rows() -> dict[str, dict]:
     engram("engram-corto")
     engram("filas-siguiente", begin="next")
     engram("fases-0-200", (0, 200))
-    rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
     engram("engram-s0", LONG)
+    rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
     rows["control-s0"] = dict(kind="control", steps=sum(LONG), seed=0)
     engram("tasa-x5", recipe=dict(table_rates=(5e-3, 5e-3)))
     for seed in SEEDS[1:]:
