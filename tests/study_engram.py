@@ -73,8 +73,9 @@ def study_rows() -> dict[str, dict]:
     engram("fases-0-200", (0, 200))
     engram("fases-130-270", (130, 270))
     rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
-    rows["control-s0"] = dict(kind="control", steps=sum(LONG), seed=0)
     engram("engram-s0", LONG)
+    for rate in (5e-4, 1e-3, 2e-3):
+        rows[f"control-largo-{rate:g}"] = dict(kind="control", steps=sum(LONG), rate=rate, seed=0)
     engram("sin-compresion", config=dict(engram_tokenizer_compression=False))
     engram("fases-20-180", (20, 180))
     engram("tasa-x5", recipe=dict(table_rates=(5e-3, 5e-3)))
@@ -111,8 +112,6 @@ def study_rows() -> dict[str, dict]:
         rows[f"reloj-s{seed}"] = dict(kind="control", seed=seed)
     domain_rows(rows, "sympy", seeds=SEEDS[1:])
     rows["control-fase1-s0"] = dict(kind="control", steps=LONG[0], seed=0)
-    for rate in (1e-3, 4e-3):
-        rows[f"control-largo-{rate:g}"] = dict(kind="control", steps=sum(LONG), rate=rate, seed=0)
     return rows
 
 
@@ -417,7 +416,7 @@ def control_row(seed: int, steps: int | None = None, rate: float | None = None) 
     if steps is None:
         pace = read_results().get("ritmo") or run_row("ritmo", study_rows()["ritmo"])
         steps = round((LONG[0] * pace["frozen"] + LONG[1] * pace["joint"]) / pace["control"])
-    rate = rate or best_rate("control-corto-")
+    rate = rate or best_rate("control-largo-")
     recipe = replace(RECIPE, seed=seed + 1)
     model = PhiForCausalLM.from_pretrained(base_folder())
     row = train.train_plain(model, corpus, recipe, rate, steps=steps, offset=0, label="control")

@@ -3,7 +3,7 @@
 from statistics import mean, stdev
 
 from load_phi_engram import spanish
-from study_engram import METHODS, SEEDS, SHORT, study_rows
+from study_engram import LONG, METHODS, SEEDS, SHORT, study_rows
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -15,8 +15,16 @@ def markdown(head: str, lines: list[str]) -> str:
     return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *lines, ""])
 
 
+def best(rows: list[dict]) -> dict:
+    """The row with the lowest loss."""
+    return min(rows, key=lambda row: row["loss"])
+
+
 def of_seeds(done, name: str) -> list[dict]:
-    return [done[f"{name}-s{seed}"] for seed in SEEDS if f"{name}-s{seed}" in done]
+    """One row per seed. The control's on seed 0 is the best of its rates, which the other seeds take."""
+    rows = [done[f"{name}-s{seed}"] for seed in SEEDS if f"{name}-s{seed}" in done]
+    rates = [row for key, row in done.items() if name == "control" and key.startswith("control-largo-")]
+    return [*([best(rates)] if rates else []), *rows]
 
 
 def main_table(done) -> str:
@@ -26,7 +34,7 @@ def main_table(done) -> str:
     def line(label, rows, losses):
         gain = [loss - control[row["seed"]] for row, loss in zip(rows, losses) if row["seed"] in control]
         lines.append(
-            f"| {label} | {len(rows)} | {spread(losses)} | {spread(gain) if gain else '–'} | "
+            f"| {label} | {len(rows)} | {spread(losses)} | {spread(gain) if any(gain) else '–'} | "
             f"{spanish(mean(row['tokens'] for row in rows) / 1e6, 2)} |"
         )
 
@@ -45,9 +53,13 @@ def main_table(done) -> str:
 
 
 def rates_table(done) -> str:
-    rows = sorted((row for row in done.values() if row["fila"].startswith("control-corto")), key=lambda r: r["rate"])
-    lines = [f"| {row['rate']:g} | {spanish(row['loss'], 3)} |".replace(".", ",", 1) for row in rows]
-    return markdown("| tasa del control | pérdida |", lines)
+    """Of the control, seed 0."""
+    lines = []
+    for rate in sorted({row["rate"] for key, row in done.items() if key.startswith("control-")}):
+        names = [f"control-{length}-{rate:g}" for length in ("corto", "largo")]
+        cells = [spanish(done[name]["loss"], 3) if name in done else "–" for name in names]
+        lines.append(f"| {f'{rate:g}'.replace('.', ',')} | {' | '.join(cells)} |")
+    return markdown(f"| tasa del control | {sum(SHORT)} pasos | {sum(LONG)} pasos |", lines)
 
 
 def domain_table(done, domain: str) -> str:
@@ -57,11 +69,11 @@ def domain_table(done, domain: str) -> str:
     for method in METHODS:
         tried = [r for r in done.values() if r.get("method") == method and r.get("domain") == domain]
         if tried:
-            best = min((row for row in tried if row["seed"] == 0), key=lambda row: row["loss"])
-            rows = [best, *(row for row in tried if row["seed"] and row["rate"] == best["rate"])]
+            first = best([row for row in tried if row["seed"] == 0])
+            rows = [first, *(row for row in tried if row["seed"] and row["rate"] == first["rate"])]
             losses, old = [row["loss"] for row in rows], [row["old"] - base["old"] for row in rows]
             lines.append(
-                f"| {method} | {spanish(best['trained'])} | {best['rate']:g} de {len(METHODS[method])} | {len(rows)} | "
+                f"| {method} | {spanish(first['trained'])} | {first['rate']:g} | {len(rows)} | "
                 f"{spread(losses)} | {spread(old)} |"
             )
     return markdown("| qué aprende | parámetros en uso | tasa | semillas | pérdida nueva | olvido |", lines)
