@@ -8,7 +8,8 @@ from study_engram import LONG, METHODS, SEEDS, SHORT, study_rows
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and, from two values on, their standard deviation."""
-    return spanish(mean(values), digits) + (f" ± {spanish(stdev(values), digits)}" if len(values) > 1 else "")
+    text = spanish(mean(values), digits) + (f" ± {spanish(stdev(values), digits)}" if len(values) > 1 else "")
+    return text.replace("-", "−")
 
 
 def markdown(head: str, lines: list[str]) -> str:
@@ -86,7 +87,7 @@ def ablation_table(done) -> str:
     for name, settings in study_rows().items():
         if name in done and settings["kind"] == "engram" and sum(settings["steps"]) == sum(SHORT):
             row = done[name]
-            difference = "–" if row is reference else spanish(row["loss"] - reference["loss"], 3)
+            difference = "–" if row is reference else spread([row["loss"] - reference["loss"]])
             after = spanish(row["after_phases"][0], 3) if settings["steps"][0] and settings["steps"][1] else "–"
             lines.append(
                 f"| {name} | {after} | {spanish(row['loss'], 3)} | {difference} | {spanish(row['slots'])} | "
