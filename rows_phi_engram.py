@@ -219,7 +219,7 @@ class TrainedTable:
         self.table.weight, self.table.read = None if weight is None else nn.Parameter(weight), None
 
     def whole(self) -> torch.Tensor | None:
-        weight = torch.empty(self.table.n_rows, self.table.d_head) if self.rank == 0 else None
+        weight = torch.empty(self.table.n_rows, self.table.d_head, dtype=self.weight.dtype) if self.rank == 0 else None
         step = max(1, CHUNK // (4 * self.table.d_head))
         for first in range(0, self.share, step):
             rows = self.weight[first : first + step]

@@ -3,6 +3,7 @@
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,24 @@ import numpy as np
 
 from load_phi_engram import UserError, spanish, whole_folder
 from phi1_engram import PHI_1
+
+TRACKERS = ("tensorboard", "trackio")
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker whose package is not there: accelerate would leave it out without a word."""
+    if name and importlib.util.find_spec(name) is None:
+        raise UserError(f"--registro {name} necesita un paquete más. Instálalo con: pip install {name}")
+
+
+def start_tracker(accelerator, name: str | None, run: str, settings: dict, step: int) -> None:
+    """Begin, or go on, to write in TensorBoard's folder `run` or trackio's project `run`, from after step `step`."""
+    if name is None:
+        return
+    # What an interrupted run logged after its last checkpoint comes again.
+    options = {"tensorboard": dict(purge_step=step + 1 if step else 0)}.get(name, {})
+    flat = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+    accelerator.init_trackers(run, flat, {name: options})
 
 
 def result_line(result: dict) -> str:

@@ -10,15 +10,18 @@ are row-sparse: a step touches the rows that its batch reads.
 """
 
 import hashlib
-import json
 import math
+import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from threading import current_thread, main_thread
 
@@ -26,29 +29,33 @@ try:
     import numpy as np
     import torch
     import transformers
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list, set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-    from corpus_phi_engram import Corpus, batch_at, documents, prepare_corpus, standard_library, text_files
+    from checkpoint_phi_engram import all_checkpoints, identity_of, last_checkpoint, write_checkpoint
+    from corpus_phi_engram import Corpus, Skipped, batch_at, documents, prepare_corpus, standard_library, text_files
     from load_phi_engram import (
         CHAT_TEMPLATE,
         SpanishParser,
         UserError,
         about_memory,
         add_memory_options,
+        discard,
         load_phi_1_with_engram,
         open_model,
         run_script,
         spanish,
+        sweep,
         whole_folder,
     )
     from phi1_engram import unpack
+    from plan_phi_engram import check, from_args, plan
     from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
-    from share_phi_engram import on_hub, result_line, result_table, save_trained
+    from share_phi_engram import TRACKERS, check_tracker, on_hub, result_line, result_table, save_trained, start_tracker
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -76,6 +83,7 @@ class Recipe:
     row_state: str = "adam"  # of table rows: one of ROW_STATES
     recompute: bool = False  # activations again in backward (gradient checkpointing): less memory, a third more time
     processes: int = 1  # that train together, each on micro-batches of its own
+    shard_rows: bool = False  # each process keeps a part of the rows instead of all
 
     @property
     def tokens_per_step(self) -> int:
@@ -328,29 +336,34 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(**options) -> Accelerator:
     """bfloat16 where the card computes it (capability 8.0), float16 with loss scaling below, float32 on a CPU."""
     precision = "no"
     if torch.cuda.is_available():
         precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "Este script entrena con un solo proceso. Ejecútalo con python train_phi_engram.py, sin accelerate launch."
-        )
-    return accelerator
+    # Buffers are constants: nothing to send to the other processes before each pass.
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process tokenises or saves
+    # Without a card accelerate joins processes only when it is told that they are to use the CPU.
+    cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    # Every weight is used once a pass: kept copies of them in half precision would only fill the card.
+    handlers = [constant, patient, AutocastKwargs(cache_enabled=False)]
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, **options)
 
 
 def train_model(
-    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, repo: str | None = None
-) -> dict:
+    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, keep=1,
+    tracker: str | None = None, repo: str | None = None,
+) -> dict:  # fmt: skip
     """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
 
     Args:
         model: PhiEngramForCausalLM in float32; trained in place.
         output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
-        resume: go on from the last checkpoint.
-        save_every: steps between checkpoints.
+        resume: go on from the last whole checkpoint.
+        save_every: steps between checkpoints; `keep`: how many of them stay.
+        tracker: one of TRACKERS, which gets losses, rates, speed and held-out results.
         repo: user/name under which the card says that the model is found.
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
@@ -361,49 +374,69 @@ def train_model(
     """
     output = Path(output)
     checkpoints = output.with_name(output.name + "-checkpoints")
-    saved = max(checkpoints.glob("fase-*-paso-*"), default=None)
-    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "dtype")}
-    identity = json.loads(json.dumps(dict(asdict(recipe), corpus=corpus.digest, **shape), default=str))
+    accelerator = make_accelerator(log_with=tracker, project_dir=output.parent)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "Con FSDP todavía no sé guardar el modelo. Lanza los procesos sin él: "
+            "accelerate launch --num_processes 2 train_phi_engram.py (y --recalcular si falta memoria)."
+        )
+    recipe = replace(recipe, processes=accelerator.num_processes)
+    if accelerator.is_main_process:
+        sweep(output.parent, re.escape(output.name) + "(?:-checkpoints)?")
+        sweep(checkpoints, "fase-.*")
+    identity = identity_of(asdict(recipe), corpus.digest, model.config.to_dict())
+    saved = None
     state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
     if resume:
-        if saved is None:
-            raise UserError(f"No hay ningún punto de control en {checkpoints}. Empieza sin --reanudar.")
-        state = json.loads((saved / "estado.json").read_text())
-        different = {key for key in identity if identity[key] != state["identity"].get(key)}
-        if different:
-            listed = "; ".join(f"{key}: {state['identity'].get(key)} → {identity[key]}" for key in sorted(different))
+        saved, found = last_checkpoint(checkpoints, output, identity, corpus.describe())
+        if found.get("phase") == 1 and found["backbone"] != state["backbone"]:
             raise UserError(
-                f"El punto de control {saved} es de otro entrenamiento y no se puede seguir con este ({listed}). "
-                "Repite las opciones de entonces, o elige otra --salida para empezar uno nuevo."
+                f"El punto de control {saved} es de otro modelo de partida: los pesos de Phi no son los de entonces. "
+                "Indica el mismo con --modelo, o elige otra --salida para empezar uno nuevo."
             )
-    elif saved is not None:
+        state |= found
+    elif all_checkpoints(checkpoints):
         raise UserError(
             f"En {checkpoints} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
             "borra esa carpeta o elige otra --salida."
         )
-    accelerator = make_accelerator()
     set_seed(recipe.seed)
     history, results = state["history"], state["results"]
+    before = (0, recipe.steps[0])  # steps of the phases before each
+    start_tracker(accelerator, tracker, f"{output.name}-registro", identity, before[state["phase"] - 1] + state["step"])
 
     def save(**position):
-        # Under a name of its own, and the older one goes only then: there always is a whole one.
-        checkpoint = checkpoints / f"fase-{position['phase']}-paso-{position['step']:07d}"
-        with whole_folder(checkpoint) as temporary:
-            accelerator.save_state(str(temporary))
-            tables.save(temporary)
-            (temporary / "estado.json").write_text(json.dumps(dict(state, **position, identity=identity)))
-        for old in checkpoints.glob("fase-*-paso-*"):
-            if old != checkpoint:
-                shutil.rmtree(old, ignore_errors=True)
+        def write(folder):  # every process writes a part of the folder that the main one has opened
+            folder = broadcast_object_list([str(folder)])[0]
+            accelerator.save_state(folder)
+            tables.save(folder)
+            accelerator.wait_for_everyone()
 
-    def measure(name, **speed):
-        results.append(dict(name=name, **evaluate(model, corpus, recipe, accelerator.device), **speed))
-        print(result_line(results[-1]))
+        now = dict(state, **position, identity=identity, data=corpus.describe())
+        if accelerator.is_main_process:
+            write_checkpoint(checkpoints, now, write, keep)
+        else:
+            write(None)
+        accelerator.wait_for_everyone()
 
+    def only_memory(models, weights, folder):
+        """In phase 1 the backbone is that of the model to begin with: no need to write gigabytes of it every time."""
+        for dense in weights if not model.model.embed_tokens.weight.requires_grad else ():
+            for name in [name for name in dense if "engram" not in name]:
+                del dense[name]
+
+    def measure(name, done, **speed):
+        results.append(dict(name=name, **evaluate(running, corpus, recipe, accelerator.device), **speed))
+        accelerator.print(result_line(results[-1]))
+        measured = zip(("pérdida", "perplejidad", "bits por byte"), ("loss", "perplexity", "bits_per_byte"))
+        accelerator.log({f"texto apartado/{word}": results[-1][key] for word, key in measured}, step=done)
+
+    accelerator.register_save_state_pre_hook(only_memory)
     model.to(accelerator.device)  # and the tables, unless they stay in host memory
     if recipe.recompute:
         recompute_activations(model)
-    with stop_requests() as stop, TrainedTables(model, recipe.row_state, accelerator.num_processes) as tables:
+    world = accelerator.num_processes
+    with stop_requests() as stop, TrainedTables(model, recipe.row_state, world, recipe.shard_rows) as tables:
         for phase in (1, 2):
             steps, first, seconds = recipe.steps[phase - 1], 0, 0.0
             if not steps or phase < state["phase"]:
@@ -415,42 +448,58 @@ def train_model(
                 model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
                 recipe.weight_decay, recipe.optimizer, tables,
             )  # fmt: skip
-            model, optimizer = accelerator.prepare(model, optimizer)
-            if resume and phase == state["phase"]:
-                accelerator.load_state(str(saved))
+            running, optimizer = accelerator.prepare(model, optimizer)
+            if saved and phase == state["phase"]:
+                accelerator.load_state(str(saved), strict=False)
                 tables.load(saved)
                 first, seconds = state["step"], state["seconds"]
-                print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
+                accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
             elif phase == 2:
                 save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
             if not results:
-                measure("antes de entrenar")
+                measure("antes de entrenar", 0)
 
-            def on_step(step, loss, spent, phase=phase, steps=steps, seconds=seconds):
+            def on_step(step, loss, spent, phase=phase, steps=steps, first=first, seconds=seconds):
                 history.append(dict(phase=phase, step=step, loss=round(loss, 5)))
+                rates = dict(memoria=recipe.memory_rates[phase - 1], tablas=recipe.table_rates[phase - 1])
+                rates |= dict(Phi=recipe.backbone_rate) if phase == 2 else {}
+                values = {f"tasa/{word}": rate * rate_factor(step - 1, steps) for word, rate in rates.items()}
+                values["entrenamiento/tokens por segundo"] = recipe.tokens_per_step * (step - first) / spent
+                accelerator.log({"entrenamiento/pérdida": loss, **values}, step=before[phase - 1] + step)
+                stopping = bool(stop)
+                if world > 1:  # all stop, or none
+                    stopping = accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item() > 0
                 # At the very end too: what comes next, saving the result, may find the disk full.
                 last = step == steps and (phase == 2 or not recipe.steps[1])
-                if stop or last or (step % save_every == 0 and step < steps):
+                if stopping or last or (step % save_every == 0 and step < steps):
                     save(phase=phase, step=step, seconds=seconds + spent)
-                if stop:
+                if stopping:
                     raise KeyboardInterrupt
 
             seconds += run_steps(
-                accelerator, model, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}", first=first,
-                offset=0 if phase == 1 else recipe.steps[0], on_step=on_step,
+                accelerator, running, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}", first=first,
+                offset=before[phase - 1], on_step=on_step,
             )  # fmt: skip
             what = "solo la memoria" if phase == 1 else "todo el modelo"
             speed = recipe.tokens_per_step * steps / seconds
-            measure(f"tras la fase {phase} ({what})", tokens_per_second=speed, seconds=seconds)
+            done = before[phase - 1] + steps
+            measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
             if phase == 1:
                 if fingerprint(model) != state["backbone"]:
                     raise RuntimeError("phase 1 changed the backbone")
-                print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
-            model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+            accelerator.unwrap_model(running, keep_fp32_wrapper=False)
             accelerator.free_memory()
     outcome = dict(results=results, history=history, recipe=recipe, corpus=corpus)
-    save_trained(model, tokenizer, outcome, output, repo)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for open_tracker in accelerator.trackers:
+        open_tracker.finish()
+    if accelerator.is_main_process:
+        try:
+            save_trained(model, tokenizer, outcome, output, repo)
+        except UserError as error:
+            raise UserError(f"{error} Lo entrenado está en {checkpoints}: repite después con --reanudar.") from error
+        discard(checkpoints)
+    accelerator.wait_for_everyone()
     return outcome
 
 
@@ -467,7 +516,7 @@ def demo_tokenizer(files: list[Path], vocab_size: int):
         vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(documents(files, []), trainer)
+    tokenizer.train_from_iterator((piece.text for piece in documents(files, Skipped())), trainer)
     end = "<|endoftext|>"
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end, clean_up_tokenization_spaces=False
@@ -580,19 +629,29 @@ def parse(argv):
         help="lo que se guarda para entrenar la tabla: dos números por valor, o uno por fila (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--recalcular", action="store_true", help="menos memoria, un tercio más de tiempo")
+    parser.add_argument(
+        "--repartir-filas", action="store_true", help="con varios procesos: cada uno guarda una parte de las tablas"
+    )
+    parser.add_argument(
+        "--plan", nargs="?", const="", metavar="MÁQUINA",
+        help="solo decir si cabe y con qué orden: en este equipo, o en t4, t4x2, colab o kaggle",
+    )  # fmt: skip
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
+    parser.add_argument("--conservar", type=int, default=1, help="puntos de control que se guardan (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
+    parser.add_argument("--registro", choices=TRACKERS, help="apuntar también la marcha ahí (paquete opcional)")
     parser.add_argument("--subir", metavar="USUARIO/NOMBRE", help="subir el resultado al Hub, privado")
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
     add_memory_options(parser)
     args = parser.parse_args(argv)
-    for name in ("longitud", "lote", "acumular", "guardar_cada", "max_tokens"):
+    for name in ("longitud", "lote", "acumular", "guardar_cada", "conservar", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1 + (name == "longitud"):
             raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
     if args.tasas <= 0:
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+    check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.publico and not args.subir:
@@ -625,31 +684,43 @@ def main(argv=None):
             print("\nLa demostración no se reanuda; para empezarla de nuevo: python train_phi_engram.py --demo")
             raise
         return
+    if args.plan is not None:
+        print(plan(*from_args(args)))
+        return
+    accelerator = make_accelerator()
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
     output = Path(args.salida)
     if output.exists() and not args.reanudar:
         raise UserError(f"{output}/ ya existe y no la voy a pisar. Elige otra --salida, o bórrala si ya no la quieres.")
-    if args.subir:
+    if args.subir and accelerator.is_main_process:
         # Before training, so that a wrong name or key is not found out after it.
         on_hub(
             lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
             "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
         )  # fmt: skip
+    check(*from_args(args))
     model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
     writable_memory(model)
     print(about_memory(model))
     if args.longitud > model.config.max_position_embeddings:
         raise UserError(f"--longitud {args.longitud}: el modelo llega a {model.config.max_position_embeddings} tokens.")
+    if not args.reanudar:  # from here on there is something to resume
+        output.with_name(output.name + "-checkpoints").mkdir(parents=True, exist_ok=True)
     if not args.datos and not args.dataset:
         print("Sin --datos: entreno con la biblioteca estándar de Python.")
-    corpus = prepare_corpus(
-        tokenizer, args.datos, dataset=args.dataset, length=args.longitud, seed=args.semilla, max_tokens=args.max_tokens
-    )
+    with accelerator.main_process_first():  # the others find it tokenised
+        corpus = prepare_corpus(
+            tokenizer, args.datos, dataset=args.dataset, length=args.longitud, seed=args.semilla,
+            max_tokens=args.max_tokens,
+        )  # fmt: skip
     print(corpus.describe())
     if corpus.skipped:
-        print(f"Se saltaron {len(corpus.skipped)} archivos o líneas que no son texto; por ejemplo {corpus.skipped[0]}")
+        print(corpus.skipped.describe())
     recipe = replace(
         scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
+        processes=accelerator.num_processes, shard_rows=args.repartir_filas,
     )  # fmt: skip
     one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
     asked = (args.pasos_fase1, args.pasos_fase2)
@@ -657,19 +728,20 @@ def main(argv=None):
     if min(recipe.steps) < 0 or not any(recipe.steps):
         raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
     tokens = spanish(recipe.tokens_per_step)
-    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso.")
+    together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
+    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
     print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,
-            repo=args.subir,
+            keep=args.conservar, tracker=args.registro, repo=args.subir,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nPara seguir donde estaba: repite la misma orden con --reanudar")
         raise
     print(result_table(outcome["results"]))
     print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
-    if args.subir:
+    if args.subir and accelerator.is_main_process:
         on_hub(
             lambda hub: hub.upload_folder(repo_id=args.subir, folder_path=output), args.subir,
             f"El modelo está entero en {output}/; súbelo cuando haya conexión con: hf upload {args.subir} {output}",

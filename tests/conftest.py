@@ -73,3 +73,21 @@ def phi_folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("phi")
     helpers.save_phi(folder, tokenizer)
     return folder
+
+
+@pytest.fixture
+def corpus_cache(tmp_path, monkeypatch):
+    """Tokenised corpora go to a folder of the test's own, in subprocesses too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "phi-engram"
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A folder of 60 small Python files, all different."""
+    function = "def add_{0}(first, second):\n    return first + second + {0}\n\n\n"
+    folder = tmp_path / "codigo"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"m{i:02d}.py").write_text("".join(function.format(100 * i + k) for k in range(5)))
+    return folder

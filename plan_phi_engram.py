@@ -1,0 +1,603 @@
+"""Where every gigabyte of a training will go, before anything is loaded: GPU, RAM and disk, in each of the two phases.
+
+    python train_phi_engram.py --plan                     # this machine, measured
+    python train_phi_engram.py --plan kaggle --lote 4     # a named one: t4, t4x2, colab, kaggle
+
+What autograd keeps is not a formula here: one training step of the model itself runs on torch's "meta" device, where
+tensors have shapes and no contents, and every storage is counted from its birth to its end. Weights, optimiser
+states, tables and files follow from the shapes. Used by `train_phi_engram.py`; there is nothing to run here.
+"""
+
+import ctypes
+import difflib
+import json
+import math
+import os
+import shlex
+import shutil
+import time
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import initialization as init
+
+from load_phi_engram import MADE_BY, UserError, find_model, read_config, spanish
+from phi1_engram import PHI_1, PhiEngramConfig, PhiEngramForCausalLM
+
+SHORTEST = 256  # tokens per block below which the search does not go
+SPARE = 0.05  # of GPU, RAM and disk, left free by what the search proposes: allocators leave gaps
+
+
+# ---------- Machines ----------
+
+@dataclass(frozen=True)
+class Machine:
+    """What one machine has, in bytes. `cards` train together; every process has its share of RAM and its own card."""
+
+    name: str
+    gpu: float  # usable by one process on one card; 0: no card
+    cards: int
+    ram: float
+    disk: float
+    half: torch.dtype | None  # of autocast; None computes in float32
+    flops: float  # sustained by one card, or by this CPU
+    base_gpu: float  # taken before the first tensor: CUDA's context, work areas of its libraries
+    base_ram: float  # system and notebook of a named machine, Python and libraries
+    scratch: str = ""  # a folder on another disk, for the model to start from
+    measured: bool = False
+
+
+# Figures of the published pages of Colab and Kaggle; speed and bases are assumptions, never measured here. A T4 does
+# 65e12 half precision operations per second on paper; less than a quarter of it is what small batches usually reach.
+T4 = dict(gpu=14.7 * 2**30, half=torch.float16, flops=15e12, base_gpu=0.6e9, base_ram=3e9)
+MACHINES = {
+    "t4": Machine("t4", cards=1, ram=12.7e9, disk=math.inf, **T4),
+    "t4x2": Machine("t4x2", cards=2, ram=29e9, disk=math.inf, **T4),
+    "colab": Machine("colab", cards=1, ram=12.7e9, disk=70e9, **T4),
+    "kaggle": Machine("kaggle", cards=2, ram=29e9, disk=20e9, scratch="/tmp", **T4),
+}
+# Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench_plan.py).
+STEP_SHARE = 0.4
+
+
+def named_machine(name: str) -> Machine:
+    if name in MACHINES:
+        return MACHINES[name]
+    close = difflib.get_close_matches(name.lower(), MACHINES, 1)
+    hint = f" ¿Querías decir {close[0]}?" if close else ""
+    raise UserError(
+        f"--plan {name}: no conozco esa máquina.{hint} Elige entre {', '.join(MACHINES)}; o --plan solo, sin nombre, "
+        "para este equipo."
+    )
+
+
+def allowed_ram() -> float:
+    """Bytes that this process has or could still take: the system's, or its container's where that is less."""
+    own = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available
+    # Version 2 of control groups and version 1.
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        folder = Path("/sys/fs/cgroup", "memory" if limit.endswith("bytes") else "")
+        try:
+            # Files kept in memory count as used there, and give way.
+            cached = int((folder / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+            taken = int((folder / used).read_text()) - cached
+            free = min(free, int((folder / limit).read_text()) - taken)
+        except (OSError, ValueError, IndexError):  # no such limit, or "max"
+            continue
+    return own + free
+
+
+def matmul_flops(device="cpu", dtype=torch.float32, size=1024) -> float:
+    """Operations per second of a product of two square matrices: the best of five."""
+    a, best = torch.ones(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def this_machine(output=".") -> Machine:
+    """Measured now. `output`: a file or folder to be written, perhaps not there yet."""
+    folder = Path(output).expanduser().resolve()
+    while not folder.exists():
+        folder = folder.parent
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    common = dict(
+        name="este equipo", cards=processes, ram=allowed_ram(), disk=shutil.disk_usage(folder).free,
+        base_ram=psutil.Process().memory_info().rss * processes, measured=True,
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        return Machine(gpu=0, half=None, flops=STEP_SHARE * matmul_flops() / processes, base_gpu=0, **common)
+    half = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    flops = STEP_SHARE * matmul_flops("cuda", half, 4096)
+    return Machine(gpu=torch.cuda.mem_get_info()[0], half=half, flops=flops, base_gpu=0.2e9, **common)
+
+
+# ---------- One step without contents ----------
+
+class LiveStorage(TorchDispatchMode):
+    """Bytes of all storages that live, by kind, and what they were at the highest sum (each kind times its weight)."""
+
+    def __init__(self, vocab_size: int, weights: dict):
+        super().__init__()
+        self.vocab_size, self.weights = vocab_size, weights
+        self.entries = {}  # storage -> [kind, bytes]
+        self.bytes = dict(activaciones=0, logits=0, media=0, gradientes=0)
+        self.peak, self.at_peak = 0, {}
+
+    def count(self, tensor, kind):
+        """Give a storage its kind; None for what is counted elsewhere, parameters for one."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.entries:
+            self.forget(key)
+        else:
+            weakref.finalize(storage, self.forget, key)
+        self.entries[key] = kind, storage.nbytes()
+        if kind:
+            self.bytes[kind] += storage.nbytes()
+
+    def forget(self, key):
+        kind, size = self.entries.pop(key)
+        if kind:
+            self.bytes[kind] -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.entries:
+                wide = tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size
+                self.count(tensor, "logits" if wide else "activaciones")
+        total = sum(self.weights.get(kind, 1) * size for kind, size in self.bytes.items())
+        if total > self.peak:
+            self.peak, self.at_peak = total, dict(self.bytes)
+        return output
+
+
+class AsOnCard(TorchFunctionMode):
+    """What the "meta" device has not: autocast in precision `half`, and attention that keeps no T x T matrix."""
+
+    TO_HALF = (F.linear, torch.matmul, F.scaled_dot_product_attention)
+    TO_FLOAT = (torch.pow, F.layer_norm, F.softmax, F.cross_entropy)  # autocast's own lists, as far as the model goes
+
+    def __init__(self, half, live: LiveStorage):
+        super().__init__()
+        self.half, self.live = half, live
+
+    def cast(self, tensor, dtype):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        copy = tensor.to(dtype)
+        if isinstance(tensor, torch.nn.Parameter):
+            self.live.count(copy, "media")  # train_phi_engram.py tells autocast to keep none: they live in the graph
+        return copy
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.half and func in self.TO_HALF + self.TO_FLOAT:
+            dtype = self.half if func in self.TO_HALF else torch.float32
+            args = [self.cast(value, dtype) for value in args]
+            kwargs = {name: self.cast(value, dtype) for name, value in (kwargs or {}).items()}
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], 0.0, True)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: PhiEngramConfig) -> PhiEngramForCausalLM:
+    """The model without contents, its tables without rows."""
+    config = PhiEngramConfig(**{**config.to_dict(), "engram_tokenizer_compression": False})
+    with torch.device("meta"), init.no_init_weights():
+        return PhiEngramForCausalLM(config, empty_tables=True)
+
+
+@lru_cache(maxsize=256)
+def _traced(config_json, tokens, phase, recompute, half, accumulated):
+    config = PhiEngramConfig.from_dict(json.loads(config_json))
+    model = empty_model(config).train()
+    live = LiveStorage(config.vocab_size, dict(gradientes=1, media=1))
+    card = AsOnCard(half, live)
+    for table in model.model.engram_tables.values():
+        # As many rows as the batch can read: what a step works on, never the table.
+        heads = model.model.engram_hash.offsets.shape[1]
+        table.weight = torch.nn.Parameter(torch.empty(tokens * heads, table.d_head, device="meta"))
+    if recompute:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), card)})
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.count(tensor, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(phase == 2 or "engram" in name)
+        rows = "engram_tables" in name
+        if parameter.requires_grad and not rows:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.count(p.grad, "gradientes"))
+            if accumulated:
+                parameter.grad = torch.zeros_like(parameter)
+                live.count(parameter.grad, "gradientes")
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with live:
+        with card:
+            # The mask as it is where nothing is padding; finding that out looks at contents.
+            output = model(ids, labels=ids, use_cache=False, attention_mask=dict(full_attention=None, engram=None))
+            if half:
+                output.logits = output.logits.float()  # accelerate gives back float32
+        loss = output.loss
+        del output
+        loss.backward()
+    return live.at_peak
+
+
+def traced(config, tokens, phase, recompute=False, half=None, accumulated=False) -> dict[str, int]:
+    """Bytes that live at the peak of one forward and backward pass, beside weights and whole tables.
+
+    Args:
+        tokens: batch * length; with attention that keeps no T x T matrix they enter alike.
+        accumulated: an earlier micro-batch has left its gradients.
+    Returns:
+        {"activaciones", "logits", "media" (weights in half precision), "gradientes"}.
+    """
+    same = dict(engram_vocab_size=[2] * (config.max_ngram_size - 1))  # the step does not depend on it
+    key = json.dumps({**config.to_dict(), **same}, sort_keys=True, default=str)
+    return _traced(key, tokens, phase, recompute, half, accumulated)
+
+
+# ---------- What a training keeps ----------
+
+@dataclass(frozen=True)
+class Choice:
+    """The part of a recipe that costs memory, by the names of train_phi_engram.py's Recipe, and where tables live."""
+
+    batch: int = 2
+    length: int = 512
+    accumulate: int = 8
+    optimizer: str = "adamw"
+    row_state: str = "adam"
+    recompute: bool = False
+    place: str = "auto"
+    steps: tuple[bool, bool] = (True, True)  # which phases run
+    keep: int = 1  # checkpoints kept
+    resume: bool = False
+    shard: bool = False  # every process keeps a part of the rows instead of all
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@lru_cache(maxsize=8)
+def _shapes(config_json):
+    model = empty_model(PhiEngramConfig.from_dict(json.loads(config_json)))
+    return [(name, tuple(p.shape)) for name, p in model.named_parameters()], {
+        int(layer_id): (table.n_rows, table.d_head) for layer_id, table in model.model.engram_tables.items()
+    }
+
+
+def shapes(config):
+    """[(name, shape) of dense parameters], {layer_id: (rows, values per row)}."""
+    return _shapes(json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+def optimizer_bytes(name: str, shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
+    """Bytes that torch's optimiser keeps for one float32 parameter, and those that its update takes for a moment.
+
+    AdamW: two numbers per value. Adafactor: one per row and column of a matrix, or per value. Muon, for the matrices
+    inside the layers: one per value, and AdamW for the rest (float32; one more number for the count of steps).
+    """
+    size = math.prod(shape)
+    if optimizer == "muon" and len(shape) == 2 and ".layers." in name:
+        return 4 * size, 10 * size  # momentum; a float32 update and three bfloat16 matrices of the iteration
+    if optimizer == "adafactor":
+        kept = size // shape[-1] + size // shape[-2] if len(shape) > 1 else size
+        return 4 * kept + 4, 4 * size
+    return 8 * size + 4, 8 * size
+
+
+def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -> dict[str, dict[str, float]]:
+    """Bytes at the peak of a phase: {"GPU" of one card, "RAM" of all processes, "disco"}: {item: bytes}.
+
+    The items of each add up to its peak. Without a card what computes is in "RAM". Tables count whole, with the state
+    of all their rows: what a long training reaches. `step`: `traced`, or what stands for it.
+    """
+    dense, tables = shapes(config)
+    numel = {name: math.prod(shape) for name, shape in dense}
+    trained = [(name, shape) for name, shape in dense if phase == 2 or "engram" in name]
+    weights, gradients = 4 * sum(numel.values()), 4 * sum(numel[name] for name, _ in trained)
+    kept, passing = zip(*(optimizer_bytes(name, shape, choice.optimizer) for name, shape in trained))
+    states = sum(kept)
+    # On a card AdamW updates all parameters of a group at once, and takes one more number for each.
+    at_once = machine.gpu and choice.optimizer == "adamw"
+    # One at a time, and the last work tensor of one parameter goes when the next has its own.
+    second = 4 * sorted(math.prod(shape) for _, shape in trained)[-2]
+    passing = gradients if at_once else max(passing) + second
+    rows = sum(4 * n * d for n, d in tables.values())
+    row_states = 2 * rows if choice.row_state == "adam" else sum(4 * n for n, _ in tables.values())
+
+    peak = step(config, choice.tokens, phase, choice.recompute, machine.half, choice.accumulate > 1)
+    orders = config.max_ngram_size - 1
+    read = [  # bytes of all rows that a step reads, if no two are the same
+        4 * d * min(n, choice.tokens * choice.accumulate * orders * config.n_head_per_ngram) for n, d in tables.values()
+    ]
+    lasting = {"pesos": weights, "estado del optimizador": states, "gradientes": gradients}
+    peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
+    back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
+    update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
+    computing = max((back, update), key=lambda items: sum(items.values()))
+    part = machine.cards if choice.shard else 1
+    stored = {"tablas": rows / part, "estado de las tablas": row_states / part}
+
+    own = weights if phase == 2 else gradients  # a checkpoint of phase 1 leaves the frozen backbone out
+    disk = own + states + rows + row_states
+    final = weights + rows
+    files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
+    files |= {"lo que se guarda a su lado": max(disk * choice.keep, final) - disk * choice.resume}
+    if not machine.gpu:
+        ram = {**computing, **stored}
+        return {"RAM": {"Python y bibliotecas": machine.base_ram / machine.cards, **ram}, "disco": files}
+    gpu = {"CUDA y bibliotecas": machine.base_gpu, **computing}
+    ram = {"sistema y bibliotecas": machine.base_ram}
+    opening = machine.cards * (weights + rows)  # float32, before it goes to the card
+    if choice.place == "ram":
+        ram |= {name: machine.cards * size for name, size in stored.items()}
+        ram["pesos, al abrir"] = max(0, opening - sum(ram.values()) + machine.base_ram)
+    else:
+        gpu |= stored
+        ram["pesos y tablas, al abrir"] = opening
+    return {"GPU": gpu, "RAM": ram, "disco": files}
+
+
+def room(machine: Machine) -> dict[str, float]:
+    return {"GPU": machine.gpu, "RAM": machine.ram / (1 if machine.gpu else machine.cards), "disco": machine.disk}
+
+
+def lacking(config, choice, machine, step=traced, spare=0.0) -> dict[int, list[str]]:
+    """{phase: what is too small for it}, of the phases that run; a share `spare` of everything stays free."""
+    there, phases = room(machine), [phase for phase in (1, 2) if choice.steps[phase - 1]]
+    needs = {phase: account(config, choice, machine, phase, step) for phase in phases}
+    return {
+        phase: [p for p in need if sum(need[p].values()) > (1 - spare) * there[p]] for phase, need in needs.items()
+    }
+
+
+def fits(config, choice, machine) -> bool:
+    def nothing(*_):  # what does not fit even so need not be traced
+        return dict(activaciones=0, logits=0, media=0, gradientes=0)
+
+    return not any(any(lacking(config, choice, machine, step, SPARE).values()) for step in (nothing, traced))
+
+
+def flops_per_token(config, choice, phase: int) -> float:
+    """Operations: 2 per weight forward, 2 for gradients of inputs, 2 for those of weights.
+
+    Phase 1 takes gradients of inputs from the first Engram layer up, and of weights in Engram alone. Repeating forward
+    adds 2 where it is repeated. Attention (causal) adds 2·T·d per layer and pass.
+    """
+    dense, _ = shapes(config)
+    size = {name: math.prod(shape) for name, shape in dense if len(shape) == 2 and "embed_tokens" not in name}
+    total, memory = sum(size.values()), sum(n for name, n in size.items() if "engram" in name)
+    first = min(config.engram_layer_ids) if phase == 1 else 0
+    above = total - sum(n for name, n in size.items() if any(f".layers.{i}." in name for i in range(first)))
+    passes = 2 * total + 2 * above + 2 * (memory if phase == 1 else total) + 2 * total * choice.recompute
+    return passes + 2 * choice.length * config.hidden_size * config.num_hidden_layers * (3 + choice.recompute)
+
+
+def search(config, choice: Choice, machine: Machine) -> Choice | None:
+    """The most comfortable choice that fits, from `choice` on: what costs least in time and quality is given up first.
+
+    Order: smaller batches, recomputing, tables in RAM, one number of state per row, Adafactor, shorter blocks; and
+    last the tokens per step, which stay the same until then.
+    """
+    per_step = dict.fromkeys([choice.tokens * choice.accumulate, 0])  # 0: as many as one batch has
+    lengths = [choice.length] + [n for n in (1024, 512, SHORTEST) if n < choice.length]
+    batches = [choice.batch] + [n for n in (16, 8, 4, 2, 1) if n < choice.batch]
+    places = [choice.place] + ["ram"] * (machine.gpu > 0 and choice.place == "auto")
+    row_states, optimizers = dict.fromkeys([choice.row_state, "fila"]), dict.fromkeys([choice.optimizer, "adafactor"])
+    recompute = dict.fromkeys([choice.recompute, True])
+    for total, length, optimizer, row_state, place, again, batch in product(
+        per_step, lengths, optimizers, row_states, places, recompute, batches
+    ):
+        accumulate = max(1, round(total / (batch * length)))
+        tried = replace(
+            choice, length=length, optimizer=optimizer, row_state=row_state, place=place, recompute=again, batch=batch,
+            accumulate=accumulate,
+        )  # fmt: skip
+        if fits(config, tried, machine):
+            return tried
+    return None
+
+
+def with_rows(config, rows: int):
+    """The same model with tables of `rows` rows per head."""
+    return PhiEngramConfig(**{**config.to_dict(), "engram_vocab_size": [rows] * (config.max_ngram_size - 1)})
+
+
+def most_rows(config, choice, machine) -> int | None:
+    """Rows per head, in thousands, with which the most economical choice fits; None when it does not with 1,000."""
+    least = replace(
+        choice, batch=1, length=min(choice.length, SHORTEST), recompute=True, optimizer="adafactor", row_state="fila",
+        place="ram",
+    )  # fmt: skip
+    few, many, there, found = 1000, max(config.engram_vocab_size), room(machine), math.inf
+    for phase in (phase for phase in (1, 2) if choice.steps[phase - 1]):
+        low, high = (account(with_rows(config, rows), least, machine, phase) for rows in (few, many))
+        for place in low:
+            a, b = sum(low[place].values()), sum(high[place].values())
+            if a > there[place]:
+                return None
+            if b > a:  # bytes grow in a straight line with the rows
+                found = min(found, few + (there[place] - a) / (b - a) * (many - few))
+    return int(found // 1000 * 1000)
+
+
+# ---------- What is printed ----------
+
+LAUNCH = "accelerate launch --num_processes {}"
+
+
+def command(choice: Choice, machine: Machine, given=()) -> str:
+    """The command line of a choice; `given`: further words of it."""
+    launch = "python" if machine.cards == 1 else LAUNCH.format(machine.cards)
+    words = [*given, f"--lote {choice.batch} --longitud {choice.length} --acumular {choice.accumulate}"]
+    words += ["--recalcular"] * choice.recompute
+    words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")
+    words += [f"--estado-filas {choice.row_state}"] * (choice.row_state != "adam")
+    words += [f"--memoria {choice.place}"] * (choice.place != "auto")
+    words += ["--repartir-filas"] * choice.shard
+    words += [f"--pasos-fase{phase} 0" for phase in (1, 2) if not choice.steps[phase - 1]]
+    return " ".join([launch, "train_phi_engram.py", *words])
+
+
+def giga(size: float) -> str:
+    return "sin dato" if size == math.inf else f"{spanish(size / 1e9, 2)} GB"
+
+
+def table(config, choice, machine) -> str:
+    """Every item of every place, one column per phase, within 80 columns."""
+    phases = [phase for phase in (1, 2) if choice.steps[phase - 1]]
+    needs, there = {phase: account(config, choice, machine, phase) for phase in phases}, room(machine)
+    lines = []
+    for place in needs[phases[0]]:
+        each = " (cada tarjeta)" if place == "GPU" and machine.cards > 1 else ""
+        lines.append(f"{place + each:34}" + "".join(f"{f'fase {phase}':>14}" for phase in phases))
+        for item in dict.fromkeys(name for need in needs.values() for name in need[place]):
+            sizes = [need[place].get(item, 0) for need in needs.values()]
+            if max(sizes) > 5e5:
+                lines.append(f"  {item:32}" + "".join(f"{giga(size):>14}" for size in sizes))
+        totals = [sum(need[place].values()) for need in needs.values()]
+        lines.append(f"  {'TOTAL':32}" + "".join(f"{giga(size):>14}" for size in totals))
+        marks = ["✅" if size <= there[place] else "❌" for size in totals]
+        lines.append(f"  {'hay ' + giga(there[place]):32}" + "".join(f"{mark:>13}" for mark in marks))
+    return "\n".join(lines)
+
+
+def advice(config, choice, machine, given=()) -> str:
+    """What to run instead of a choice that does not fit."""
+    found = search(config, choice, machine)
+    if found:
+        return f"Sí cabe: {command(found, machine, given)}"
+    reduced = replace(choice, steps=(True, False))
+    if all(choice.steps) and (found := search(config, reduced, machine)):
+        return f"Cabe la fase 1 sola: {command(found, machine, given)}"
+    rows = most_rows(config, choice, machine)
+    if rows and rows < max(config.engram_vocab_size):
+        return (
+            f"La tabla es demasiado grande: caben hasta {spanish(rows)} filas por cabeza (hay "
+            f"{spanish(max(config.engram_vocab_size))}). Crea una menor: python load_phi_engram.py --filas {rows} "
+            "--salida phi1-engram-menor"
+        )
+    return "Ni con la tabla más pequeña cabe aquí. Prueba con otra máquina: python train_phi_engram.py --plan kaggle"
+
+
+def open_config(name) -> tuple[PhiEngramConfig, bool]:
+    """The shape that a name stands for, and whether it is Phi-1's own because there is no such folder yet."""
+    if name == PHI_1 or (name in MADE_BY and not os.path.isdir(name)):
+        return PhiEngramConfig(), True
+    fields = {key: value for key, value in read_config(find_model(name)).items() if key != "model_type"}
+    try:
+        return PhiEngramConfig(**fields), False
+    except ValueError as error:
+        raise UserError(f"El config.json de «{name}» no sirve: {error}") from error
+
+
+def plan(name, choice: Choice, machine: Machine, given=()) -> str:
+    """All that `--plan` prints."""
+    config, assumed = open_config(name)
+    dense, tables = shapes(config)
+    numbers = [sum(math.prod(shape) for n, shape in dense if ("engram" in n) == memory) for memory in (False, True)]
+    rows = sum(n for n, _ in tables.values())
+    precision = {None: "float32", torch.float16: "float16, con escala", torch.bfloat16: "bfloat16"}[machine.half]
+    where = {"auto": "gpu" if machine.gpu else "ram"}.get(choice.place, choice.place)
+    lines = [
+        f"Plan para {name} en {machine.name}" + (" (forma de Phi-1, memoria por defecto)" if assumed else ""),
+        f"  {spanish(numbers[0] / 1e6)} millones de parámetros de Phi, {spanish(numbers[1] / 1e6, 1)} de Engram; "
+        f"{spanish(rows / 1e6, 2)} millones",
+        f"  de filas de {next(iter(tables.values()))[1]} valores. Se calcula en {precision}.",
+        f"  Lote {choice.batch} × {choice.length} tokens, {choice.accumulate} por paso; tablas en {where}",
+        f"  {choice.optimizer}; estado de filas: {choice.row_state}" + ("; recalculando" if choice.recompute else ""),
+        "",
+        table(config, choice, machine),
+        "",
+    ]
+    missing = lacking(config, choice, machine)
+    for phase, places in missing.items():
+        lines.append(f"❌ Fase {phase}: no cabe en {' ni en '.join(places)}." if places else f"✅ Fase {phase}: cabe.")
+    chosen = choice
+    if any(missing.values()):
+        lines.append(advice(config, choice, machine, given))
+        chosen = search(config, choice, machine) or choice
+    else:
+        lines.append(f"Para entrenar: {command(choice, machine, given)}")
+    for phase in missing:
+        hours = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600
+        lines.append(f"Fase {phase}: {spanish(hours, 2)} horas por millón de tokens.")
+    speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
+    if machine.measured:
+        lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
+    else:
+        lines += [
+            f"Horas con {speed} por tarjeta: supuesto, no medido.",
+            f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
+        ]
+    if machine.cards > 1 and machine.gpu:
+        lines.append("Cada tarjeta guarda el modelo entero y lee sus propios bloques.")
+    if machine.scratch:
+        lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
+    return "\n".join(lines)
+
+
+def steady_allocator() -> None:
+    """Give freed blocks of 64 kB and more back to the system at once, where the C library is glibc.
+
+    By itself it keeps freed blocks of up to 32 MB, in pieces: up to half as much again as tensors take on a CPU.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD; the first argument is fixed in malloc.h
+    except (OSError, AttributeError, TypeError):
+        pass  # another system or library
+
+
+def check(name, choice: Choice, machine: Machine, given=()) -> None:
+    """Stop a training that cannot fit before anything of it is opened or downloaded, but for its config.json.
+
+    Raises:
+        UserError: what is too small, by how much, and the command that fits.
+    """
+    if read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type:
+        return  # opening it says what it is
+    config, there = open_config(name)[0], room(machine)
+    for phase in (phase for phase in (1, 2) if choice.steps[phase - 1]):
+        for place, items in account(config, choice, machine, phase).items():
+            need = sum(items.values())
+            if need > there[place]:
+                raise UserError(
+                    f"La fase {phase} necesita {giga(need)} de {place} y hay {giga(there[place])}. No he abierto nada. "
+                    f"{advice(config, choice, machine, given)}   (El detalle: python train_phi_engram.py --plan)"
+                )
+            if place == "RAM" and not machine.gpu and 2 * need > there[place]:
+                steady_allocator()  # it costs time, so only where the gaps might be missed
+
+
+def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
+    """What train_phi_engram.py's command line asks for: the arguments of `plan` and `check`."""
+    machine = named_machine(args.plan) if args.plan else this_machine(args.salida)
+    model = args.modelo
+    if machine.scratch and model == "phi1-engram":
+        model = f"{machine.scratch}/{model}"
+    given = [] if model == "phi1-engram" else [f"--modelo {shlex.quote(model)}"]
+    for flag in ("datos", "dataset"):
+        given += [f"--{flag} {shlex.quote(getattr(args, flag))}"] if getattr(args, flag) else []
+    given += [f"--salida {shlex.quote(args.salida)}"] * (args.salida != "phi1-engram-trained")
+    choice = Choice(
+        args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
+        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, args.reanudar, args.repartir_filas,
+    )  # fmt: skip
+    return args.modelo, choice, machine, given

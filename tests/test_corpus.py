@@ -1,0 +1,247 @@
+"""Corpora: what is text and what is not, long documents, which side a text falls on, blocks, leftovers."""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import corpus_phi_engram as corpora
+from load_phi_engram import UserError
+from train_phi_engram import Recipe
+
+RECIPE = Recipe(1e-3, memory_rates=(1e-3, 1e-3), table_rates=(1e-3, 1e-3), batch=2, length=32)
+
+pytestmark = pytest.mark.usefixtures("corpus_cache")
+
+
+def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "datos"
+    (folder / "sub.py").mkdir(parents=True)
+    (folder / "uno.py").write_text("x = 1\n" * 200)
+    (folder / "enlace.txt").symlink_to("uno.py")  # read, as a copy would be
+    (folder / "sub.py" / "dos.md").write_text("# Título\n" * 200, encoding="utf-8")
+    rows = [json.dumps({"text": "hola " * 100}), "", json.dumps({"content": "adiós\u2028" * 100}, ensure_ascii=False)]
+    rows += [json.dumps({"otro": 1}), "esto no es JSON", json.dumps({"text": "medio \ud800" * 9})]
+    rows += ["[1]", '{"text": ""}']
+    latin1 = "camión".encode("latin-1")
+    (folder / "tres.jsonl").write_bytes("\n".join(rows).encode() + b"\n" + latin1 + b"\n" + b"[" * 10**5)
+    (folder / "vacio.txt").write_text("")
+    (folder / "blanco.txt").write_text(" \n" * corpora.PIECE)
+    (folder / "binario.txt").write_bytes(b"abc\0def")
+    (folder / "tarde.txt").write_bytes(b"parece texto\n" * 30000 + b"\0")
+    (folder / "latin1.txt").write_bytes(latin1)
+    (folder / "mordido.txt").write_bytes("ñ".encode()[:1])
+    (folder / "foto.png").write_bytes(b"no se mira")
+    (folder / "bucle").symlink_to(folder)
+    (folder / "roto.py").symlink_to("no-existe")
+    (folder / "circulo.py").symlink_to("circulo.py")
+    (folder / "prohibido.py").write_text("secreto = 1")
+    os.mkfifo(folder / "tubo.py")
+    real = open
+
+    def forbidding(path, *args, **kwargs):
+        if str(path).endswith("prohibido.py"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(corpora, "open", forbidding, raising=False)
+    corpus = corpora.prepare_corpus(tokenizer, folder, length=8)
+    assert corpus.documents == 6
+    ids = [*corpus.train, *corpus.held_out]
+    assert ids.count(tokenizer.eos_token_id) == 6  # documents are separated by one <|endoftext|>
+    named = {
+        "vacio.txt": "vacío", "blanco.txt": "vacío", "binario.txt": "binario", "tarde.txt": "binario",
+        "latin1.txt": "no es UTF-8", "mordido.txt": "no es UTF-8", "bucle": "enlace a una carpeta",
+        "roto.py": "enlace a algo que no existe", "circulo.py": "enlace en bucle",
+        "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:8": "vacío",
+        "tres.jsonl:5": "no es un objeto JSON",
+        "tres.jsonl:4": "sin un campo de texto 'text', 'content' o 'code'",
+        "tres.jsonl:7": "no es un objeto JSON", "tres.jsonl:9": "no es UTF-8", "tres.jsonl:10": "no es un objeto JSON",
+    }  # fmt: skip
+    assert set(corpus.skipped.examples) == {f"{folder / name} ({reason})" for name, reason in named.items()}
+    assert len(corpus.skipped) == len(named) and corpus.skipped.reasons["vacío"] == 3
+    assert "Se saltaron 17 archivos o líneas que no son texto (" in corpus.skipped.describe()
+    again = corpora.prepare_corpus(tokenizer, folder, length=8)  # the names too are kept
+    assert again.skipped == corpus.skipped
+
+
+def test_many_skipped_files_are_all_counted_and_few_named(tmp_path, tokenizer):
+    for i in range(100):
+        (tmp_path / f"v{i:03d}.txt").write_text("")
+    (tmp_path / "x.txt").write_text("hola " * 1000)
+    skipped = corpora.prepare_corpus(tokenizer, tmp_path, length=8).skipped
+    assert len(skipped) == skipped.reasons["vacío"] == 100 and len(skipped.examples) == corpora.NAMED
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def unlisted(path, onerror):
+        onerror(PermissionError(13, "Permission denied", str(path)))
+        return iter(())
+
+    monkeypatch.setattr(corpora.os, "walk", unlisted)
+    with pytest.raises(UserError, match=r"no hay archivos.*sin permiso de lectura: 1"):
+        corpora.prepare_corpus(None, tmp_path)
+
+
+@pytest.mark.parametrize("line_end", ["\n", ""])
+def test_long_documents_are_read_in_pieces_that_add_up_and_give_their_tail(tmp_path, line_end):
+    """Also one without a single line end, with characters of two bytes across the cuts."""
+    text = "".join(f"número {i}: ñandú{line_end}" for i in range(60000))
+    path = tmp_path / "largo.txt"
+    path.write_text(text, encoding="utf-8")
+    size = path.stat().st_size
+    assert size > 4 * corpora.PIECE
+    skipped = corpora.Skipped()
+    pieces = list(corpora.documents([path], skipped))
+    assert "".join(piece.text for piece in pieces) == text and not skipped
+    assert max(len(piece.text) for piece in pieces) <= 2 * corpora.PIECE
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(piece.text.endswith(line_end) for piece in pieces)
+    sides = [piece.held_out for piece in pieces]
+    assert sides == sorted(sides)
+    held = sum(len(piece.text.encode()) for piece in pieces if piece.held_out)
+    assert size // 20 <= held <= size // 20 + 30
+    row = tmp_path / "fila.jsonl"
+    row.write_text(json.dumps({"text": text}), encoding="utf-8")
+    assert list(corpora.documents([row], skipped)) == pieces
+
+
+def test_long_documents_are_tokenised_piece_by_piece_once_separated(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 2**12)
+    monkeypatch.setattr(corpora, "GROUP", (64, 2**13))
+    (tmp_path / "largo.txt").write_text("".join(f"línea {i}\n" for i in range(3000)), encoding="utf-8")
+    (tmp_path / "corto.txt").write_text("adiós\n")
+    corpus = corpora.prepare_corpus(tokenizer, tmp_path, length=8)
+    train, held_out = (tokenizer.decode(np.array(part)) for part in (corpus.train, corpus.held_out))
+    end = tokenizer.eos_token
+    assert train + held_out == "adiós\n" + end + "".join(f"línea {i}\n" for i in range(3000)) + end
+    assert held_out.startswith("línea 28") and corpus.documents == 2
+    assert corpus.bytes_per_token == pytest.approx(len(held_out[: -len(end)].encode()) / len(corpus.held_out))
+
+
+def test_a_line_without_end_in_jsonl_is_left_out_and_the_next_one_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST_LINE", 2**20)
+    path = tmp_path / "filas.jsonl"
+    path.write_text(json.dumps({"text": "a" * 3 * 2**20}) + "\n" + json.dumps({"text": "hola"}) + "\n")
+    skipped = corpora.Skipped()
+    assert [piece.text for piece in corpora.documents([path], skipped)] == ["hola"]
+    assert skipped.examples == [f"{path}:1 (línea de más de 1 MB)"]
+
+
+def test_a_corpus_whose_only_text_is_drawn_to_be_held_out_is_trained_on(tmp_path, tokenizer):
+    path = tmp_path / "uno.txt"
+    path.write_text("hola y adiós " * 300, encoding="utf-8")
+
+    def drawn(seed):
+        return int.from_bytes(hashlib.sha256(b"%d\n%b" % (seed, path.read_bytes())).digest()[:8], "big") % 20 == 0
+
+    corpus = corpora.prepare_corpus(tokenizer, path, length=8, seed=next(filter(drawn, range(1000))))
+    assert 18 * len(corpus.held_out) < len(corpus.train) < 20 * len(corpus.held_out)
+
+
+def test_tokens_and_digest_depend_on_the_text_alone(code, tmp_path, tokenizer, monkeypatch):
+    first = corpora.prepare_corpus(tokenizer, code, length=32)
+    there = tmp_path / "copia" / "otro nombre"
+    there.mkdir(parents=True)
+    for path in sorted(code.iterdir(), reverse=True):
+        (there / path.name).write_bytes(path.read_bytes())
+        os.utime(there / path.name, (1, 1))
+    walk = os.walk
+    monkeypatch.setattr(corpora.os, "walk", lambda *a, **kw: ((f, d, n[::-1]) for f, d, n in walk(*a, **kw)))
+    second = corpora.prepare_corpus(tokenizer, there, length=32)
+    assert second.digest == first.digest and np.array_equal(second.train, first.train)
+
+
+def test_tokenising_that_was_killed_leaves_nothing_once_another_is_done(code, tokenizer, corpus_cache):
+    half = corpus_cache / ".corpus-0123456789abcdef-01234567"
+    half.mkdir(parents=True)
+    (half / "train.bin").write_bytes(b"x" * 100)
+    corpora.prepare_corpus(tokenizer, code, length=32)
+    assert not half.exists() and len(list(corpus_cache.iterdir())) == 1
+
+
+def test_corpus_is_tokenised_once_and_again_when_a_file_changes(code, tokenizer, monkeypatch):
+    first = corpora.prepare_corpus(tokenizer, code, length=32)
+    tokenise = corpora._tokenise
+    monkeypatch.setattr(corpora, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    again = corpora.prepare_corpus(tokenizer, code, length=32)
+    assert again.digest == first.digest and np.array_equal(again.train, first.train)
+    monkeypatch.setattr(corpora, "_tokenise", tokenise)
+    (code / "m00.py").write_text("y = 2\n" * 50)
+    assert corpora.prepare_corpus(tokenizer, code, length=32).digest != first.digest
+
+
+def test_held_out_documents_are_never_trained_on(code, tokenizer):
+    for i in range(60):
+        (code / f"copia{i:02d}.py").write_text((code / f"m{i:02d}.py").read_text())
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
+    separate = [
+        [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)]
+        for ids in (np.array(corpus.train), np.array(corpus.held_out))
+    ]
+    held_out = [text for text in separate[1] if text]
+    assert held_out and not set(held_out) & set(separate[0])
+    assert len(held_out) == 2 * len(set(held_out))  # both copies fell on this side
+
+
+def test_a_single_file_gives_its_tail_to_measure(tmp_path, tokenizer):
+    path = tmp_path / "todo.txt"
+    path.write_text("\n".join(f"línea número {i}" for i in range(2000)), encoding="utf-8")
+    corpus = corpora.prepare_corpus(tokenizer, path, length=32)
+    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // corpora.HELD_OUT_SHARE
+    assert "1999" in tokenizer.decode(corpus.held_out) and "1999" not in tokenizer.decode(corpus.train)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No existe"), ({"a.bin": "x"}, "no hay archivos"), ({"a.txt": ""}, "ningún texto"),
+                             ({"a.txt": "hola"}, "demasiado pequeño")],
+)  # fmt: skip
+def test_corpora_that_cannot_be_trained_on(tmp_path, tokenizer, content, message):
+    folder = tmp_path / "corpus"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        corpora.prepare_corpus(tokenizer, folder, length=32)
+
+
+def test_batches_cover_the_corpus_once_per_epoch_in_a_seeded_order():
+    tokens = np.arange(10 * 32 + 5, dtype=np.uint16)
+    epochs = [torch.cat([corpora.batch_at(tokens, i, RECIPE) for i in range(5 * e, 5 * e + 5)]) for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 320, 32))
+        assert torch.equal(epoch - epoch[:, :1], torch.arange(32).expand(10, -1))
+    assert not torch.equal(*epochs)
+    assert torch.equal(corpora.batch_at(tokens, 3, RECIPE), corpora.batch_at(tokens, 3, replace(RECIPE)))
+    assert not torch.equal(corpora.batch_at(tokens, 0, RECIPE), corpora.batch_at(tokens, 0, replace(RECIPE, seed=1)))
+
+
+def test_dataset_rows_become_documents(tokenizer, monkeypatch):
+    """Through a stand-in for `datasets`, an optional package: what is asked of it, and what is taken from its rows."""
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        rows = [{"code": f"x = {i}\n" * 40, "licence": "MIT"} for i in range(80)]
+        return rows if name == "ana/codigo" else [{"a": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    corpus = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16)
+    assert corpus.documents == 80 and asked == [("ana/codigo", "train", True)]
+    fewer = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=1)
+    assert fewer.documents == 64  # read in groups; no further group is asked for
+    with pytest.raises(UserError, match="columna de texto"):
+        corpora.prepare_corpus(tokenizer, dataset="ana/otro")
+
+
+def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        corpora.prepare_corpus(tokenizer, dataset="ana/codigo")

@@ -1,0 +1,175 @@
+"""The plan of memory: every item against real tensors, and trainings that cannot fit stopped before anything opens."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import helpers
+import plan_phi_engram as planning
+import train_phi_engram as train_script
+from load_phi_engram import UserError, run_script
+from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
+from plan_phi_engram import Choice, Machine, account, command, named_machine, search, shapes, traced
+from rows_phi_engram import TrainedTables
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = Machine("prueba", gpu=0, cards=1, ram=1e12, disk=1e12, half=None, flops=1e12, base_gpu=0, base_ram=0)
+SHAPE = dict(engram_tokenizer_compression=False)
+CHOICE = Choice(batch=2, length=16, accumulate=1)
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(**SHAPE)
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer):
+    make_model(**SHAPE).save_pretrained(tmp_path / "modelo")
+    tokenizer.save_pretrained(tmp_path / "modelo")
+    return tmp_path / "modelo"
+
+
+def test_parameters_are_those_of_the_model(config):
+    model = PhiEngramForCausalLM(config)
+    dense, tables = shapes(config)
+    there = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert dict(dense) == {name: shape for name, shape in there.items() if "engram_tables" not in name}
+    for layer_id, shape in tables.items():
+        assert there[f"model.engram_tables.{layer_id}.weight"] == shape
+    backbone = sum(math.prod(shape) for name, shape in shapes(PhiEngramConfig())[0] if "engram" not in name)
+    assert backbone == 1_418_270_720  # microsoft/phi-1
+
+
+@pytest.mark.parametrize("row_state", ["adam", "fila"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_each_item_after_a_real_step(config, phase, optimizer, row_state):
+    model = PhiEngramForCausalLM(config).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(phase == 2 or "engram" in name)
+    with TrainedTables(model, row_state) as tables:
+        made = train_script.make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, optimizer, tables)
+        ids = helpers.random_ids(model, 2, 16)
+        model(ids, labels=ids).loss.backward()
+        made.collect()
+        made.step()
+        dense = [p for name, p in model.named_parameters() if "engram_tables" not in name]
+        states = [state for part in made.parts for state in part.state.values()]
+        kept = [part.tensors() for part in tables.parts.values()]
+        real = {
+            "pesos": sum(p.nbytes for p in dense),
+            "gradientes": sum(p.grad.nbytes for p in dense if p.grad is not None),
+            "estado del optimizador": sum(t.nbytes for state in states for t in state.values() if torch.is_tensor(t)),
+            "tablas": sum(tensors["weight"].nbytes for tensors in kept),
+            "estado de las tablas": sum(
+                t.nbytes for tensors in kept for name, t in tensors.items() if name in ("first", "second")
+            ),
+        }
+    choice = replace(CHOICE, optimizer=optimizer, row_state=row_state, accumulate=2)  # all gradients at once
+    planned = account(config, choice, HERE, phase)["RAM"]
+    assert {name: planned[name] for name in real} == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_step_without_contents_is_the_step(config, phase, recompute):
+    """The storages that live in a real step on the CPU, counted in the same way, have the same peak."""
+    model = PhiEngramForCausalLM(config).train()
+    live = planning.LiveStorage(config.vocab_size, {})
+    if recompute:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.count(tensor, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(phase == 2 or "engram" in name)
+        if "engram_tables" in name:
+            parameter.requires_grad_(False)
+    ids = helpers.random_ids(model, 1, 64)
+    with live:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    planned = traced(config, 64, phase, recompute)
+    assert sum(planned.values()) == pytest.approx(live.peak, rel=0.1)  # rows have gradients in the plan alone
+
+
+def test_a_checkpoint_and_the_final_folder_are_as_large_as_planned(config, tmp_path):
+    model = PhiEngramForCausalLM(config)
+    accelerator = train_script.make_accelerator()
+    with TrainedTables(model, "adam") as tables:
+        optimizer = train_script.make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, "adamw", tables)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        ids = helpers.random_ids(model, 2, 16)
+        accelerator.backward(prepared(ids, labels=ids).loss)
+        optimizer.optimizer.collect()
+        optimizer.step()
+        accelerator.save_state(str(tmp_path / "punto"))
+        tables.save(tmp_path / "punto")
+    accelerator.free_memory()
+    model.save_pretrained(tmp_path / "final")
+    sizes = {f: sum(p.stat().st_size for p in (tmp_path / f).rglob("*.*")) for f in ("punto", "final")}
+    planned = account(config, CHOICE, HERE, 2)["disco"]
+    slack = 150_000 + config.vocab_size * 8  # headers, code, random states, projection
+    assert planned["punto de control"] < sizes["punto"] < planned["punto de control"] + slack
+    assert planned["modelo de partida"] < sizes["final"] < planned["modelo de partida"] + 3 * slack
+
+
+def test_what_does_not_fit_is_refused_with_what_does(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_script, "open_model", lambda *_: pytest.fail("opened"))
+    config = planning.open_config(str(folder))[0]
+    choice = Choice(length=128, place="auto")
+    least = sum(account(planning.with_rows(config, 5000), choice, HERE, 2)["RAM"].values())
+    small = replace(HERE, ram=least)
+    monkeypatch.setattr(train_script, "from_args", lambda args: (str(folder), choice, small, []))
+    train_args = ["--modelo", str(folder), "--salida", "otra"]
+    train_script.check(str(folder), choice, small)  # as it is, it fits
+    many = planning.with_rows(config, 10_000_000)
+    many.save_pretrained(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_script.main, train_args)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "No he abierto nada" in message and "--filas" in message
+    rows = int(message.split("--filas ")[1].split()[0])
+    choice = replace(choice, batch=1, recompute=True, optimizer="adafactor", row_state="fila", place="ram")
+    assert planning.fits(planning.with_rows(config, rows), choice, replace(small, ram=small.ram / 0.95))
+    assert not planning.fits(planning.with_rows(config, 2 * rows), choice, small)
+
+
+def test_the_search_gives_up_comfort_in_order(config):
+    def need(**different):
+        return sum(account(config, replace(start, **different), HERE, 2)["RAM"].values())
+
+    start = Choice(batch=2, length=256)
+    small = dict(batch=1, accumulate=16, recompute=True)
+    for different in (dict(), small, dict(small, row_state="fila", optimizer="adafactor")):
+        found = search(config, start, replace(HERE, ram=need(**different) / 0.949))
+        assert found and found.tokens * found.accumulate == 4096
+        assert found.optimizer == different.get("optimizer", "adamw")
+        assert found.row_state == different.get("row_state", "adam")
+        assert found.recompute == different.get("recompute", False)
+    assert search(config, start, replace(HERE, ram=1e6)) is None
+    assert command(replace(start, steps=(True, False)), HERE) == (
+        "python train_phi_engram.py --lote 2 --longitud 256 --acumular 8 --pasos-fase2 0"
+    )
+
+
+def test_misspelt_machine():
+    with pytest.raises(UserError, match="no conozco esa máquina. ¿Querías decir kaggle"):
+        named_machine("kagle")
+
+
+def test_plan_from_another_folder_without_network(tmp_path):
+    environment = dict(os.environ, HF_HUB_OFFLINE="0", HTTPS_PROXY="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    words = [sys.executable, ROOT / "train_phi_engram.py", "--plan", "t4", "--memoria", "ram", "--pasos-fase2", "0"]
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "✅ Fase 1: cabe." in result.stdout and "Fase 2" not in result.stdout
+    assert "python train_phi_engram.py --lote 2 --longitud 512 --acumular 8 --memoria ram" in result.stdout
+    shown = [line for line in result.stdout.splitlines() if "train_phi_engram.py" not in line]
+    assert max(map(len, shown)) <= 80 and not any(tmp_path.rglob("*.safetensors"))

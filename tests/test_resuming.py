@@ -1,0 +1,269 @@
+"""Nothing lost: kills, full disks, copied and half copied checkpoints, other trainings, leftovers, trackers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench_kills
+import checkpoint_phi_engram as checkpoints
+import train_phi_engram as train
+from load_phi_engram import UserError, discard, sweep, whole_folder
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+SHORT = ["--pasos-fase1", "4", "--pasos-fase2", "4", "--guardar-cada", "2", "--longitud", "256", "--lote", "1"]
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origen")
+    code = bench_kills.in_child(folder, "registro.txt", lambda: bench_kills.make_model(folder))
+    assert code == 0, (folder / "registro.txt").read_text()
+    return folder
+
+
+@pytest.fixture
+def place(origin, tmp_path, monkeypatch):
+    """A folder with modelo/ and texto/, and the one to be in."""
+    for part in ("modelo", "texto"):
+        shutil.copytree(origin / part, tmp_path / part)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(origin):
+    """Weights of the run that nothing interrupts."""
+    assert bench_kills.in_child(origin, "registro.txt", lambda: bench_kills.train_here(*SHORT)) == 0
+    return (origin / bench_kills.OUTPUT / "model.safetensors").read_bytes()
+
+
+def run(folder, *options, action=bench_kills.train_here):
+    """Status and output of a run in a process of its own."""
+    log = f"registro-{len(list(folder.glob('registro-*')))}.txt"
+    code = bench_kills.in_child(folder, log, lambda: action(*SHORT, *options))
+    return code, (folder / log).read_text(encoding="utf-8")
+
+
+def killed(folder, *kill, options=()):
+    code, _ = run(folder, *options, action=lambda *every: bench_kills.train_here(*every, kill=kill))
+    assert code == -signal.SIGKILL
+
+
+def weights(folder, output=bench_kills.OUTPUT):
+    return (folder / output / "model.safetensors").read_bytes()
+
+
+# --- kills
+
+
+@pytest.mark.parametrize("kill", [("tokenizar", 1), ("un paso", 7), ("comparar Phi entre fases", 2)])
+def test_killed_and_resumed_gives_the_bits_of_the_uninterrupted_run(place, whole, kill):
+    killed(place, *kill, 0)
+    code, out = run(place, "--reanudar")
+    assert code == 0, out
+    assert ("empiezo desde el principio" if kill[0] == "tokenizar" else "Sigo desde la fase 1, paso 2") in out
+    assert weights(place) == whole and not bench_kills.leftovers(place)
+
+
+def test_killed_while_saving_leaves_the_older_checkpoint_and_nothing_when_all_is_done(place, whole):
+    def half_saved(*options):
+        save, times = train.Accelerator.save_state, []
+
+        def then_kill(accelerator, folder):
+            save(accelerator, folder)
+            times.append(folder)
+            if len(times) == 3:
+                Path(folder, "model.safetensors").write_bytes(b"")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train.Accelerator.save_state = then_kill
+        bench_kills.train_here(*options)
+
+    assert run(place, action=half_saved)[0] == -signal.SIGKILL
+    folder = place / f"{bench_kills.OUTPUT}-checkpoints"
+    assert [path.name for path in folder.glob("fase*")] == ["fase-2-paso-0000000"]
+    assert len(list(folder.glob(".fase-2-paso-0000002-*"))) == 1
+    code, out = run(place, "--reanudar")
+    assert code == 0 and "Sigo desde la fase 2, paso 0" in out
+    assert weights(place) == whole and not bench_kills.leftovers(place)
+    code, out = run(place, "--reanudar")
+    assert code == 1 and "ya está terminado" in out
+
+
+def test_what_a_live_process_writes_is_not_swept_and_the_rest_is(tmp_path):
+    pytest.importorskip("fcntl")
+    for name in (".algo-0123abcd", ".otro-0123abcd", ".algo-mio", ".algo-89abcdef-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dentro").write_text(name)
+    with whole_folder(tmp_path / "algo") as live:
+        assert {path.name for path in tmp_path.iterdir()} == {".otro-0123abcd", ".algo-mio", "algo", live.name}
+        assert (tmp_path / "algo" / "dentro").read_text() == ".algo-89abcdef-old"  # killed between two renames
+        assert bench_kills.in_child(tmp_path, os.devnull, lambda: sweep(tmp_path, "algo")) == 0
+        assert live.is_dir()
+    discard(tmp_path / "algo")
+    discard(tmp_path / "no existe")
+    sweep(tmp_path / "tampoco", ".*")
+    assert {path.name for path in tmp_path.iterdir()} == {".otro-0123abcd", ".algo-mio"}
+
+
+# --- pruning, copies, other trainings
+
+
+def write(folder, phase, step, keep=1):
+    state = dict(phase=phase, step=step, identity={}, data="")
+    return checkpoints.write_checkpoint(folder, state, lambda to: (to / "pesos").write_bytes(b"1234"), keep)
+
+
+def test_the_newest_checkpoints_stay_by_phase_and_number_not_by_name(tmp_path):
+    for phase, step in ((1, 8), (1, 9_999_999), (1, 10_000_000), (2, 0)):
+        write(tmp_path, phase, step, keep=3)
+    names = ["fase-1-paso-9999999", "fase-1-paso-10000000", "fase-2-paso-0000000"]
+    assert [path.name for path in checkpoints.all_checkpoints(tmp_path)] == names
+    (tmp_path / names[2] / "pesos").write_bytes(b"12")
+    write(tmp_path, 1, 10_000_001, keep=2)  # resumed before the one that was half copied
+    assert [path.name for path in checkpoints.all_checkpoints(tmp_path)] == [names[1], "fase-1-paso-10000001"]
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path):
+    write(tmp_path, 1, 2)
+
+    def full(folder):
+        (folder / "pesos").write_bytes(b"12")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"No queda espacio.*último punto de control entero es .*fase-1-paso-0000002"):
+        checkpoints.write_checkpoint(tmp_path, dict(phase=1, step=4), full)
+    assert [path.name for path in tmp_path.iterdir()] == ["fase-1-paso-0000002"]
+
+
+def test_a_run_goes_on_elsewhere_from_copies_whole_or_not_and_refuses_to_be_another(place, whole, tmp_path, capfd):
+    killed(place, "un paso", 11, 0, options=["--conservar", "2"])
+    saved = place / f"{bench_kills.OUTPUT}-checkpoints"
+    names = [path.name for path in checkpoints.all_checkpoints(saved)]
+    assert names == ["fase-1-paso-0000002", "fase-2-paso-0000000"]
+    there = tmp_path / "otra máquina"
+    shutil.copytree(saved, there / "mio-checkpoints")
+    shutil.copytree(place / "modelo", there / "phi")
+    (there / "datos").mkdir()
+    for path in sorted((place / "texto").iterdir(), reverse=True):  # other place, other times, other order
+        shutil.copyfile(path, there / "datos" / path.name)
+    elsewhere = ["--modelo", "phi", "--datos", "datos", "--salida", "mio", "--reanudar"]
+    cut = there / "mio-checkpoints" / names[1] / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    code, out = run(there, *elsewhere)
+    assert code == 0, out
+    assert "fase-2-paso-0000000 está incompleto (model.safetensors tiene 0,00 MB de" in out
+    assert "Sigo desde la fase 1, paso 2" in out and weights(there, "mio") == whole
+
+    os.chdir(place)
+
+    def refused(*options):
+        with pytest.raises(UserError) as error:
+            train.main([*bench_kills.OPTIONS, *SHORT, *options, "--reanudar"])
+        capfd.readouterr()
+        return str(error.value)
+
+    assert "--longitud 256 entonces, 128 ahora" in refused("--longitud", "128")
+    assert "--pasos-fase2 4 entonces, 5 ahora" in refused("--pasos-fase2", "5")
+    assert "no existe" in refused("--salida", "otra") and "quita --reanudar" in refused("--salida", "otra")
+    (place / "texto" / "m000.py").write_text("x = 1\n" * 100)
+    message = refused()
+    assert "el texto de --datos no es el mismo («texto: " in message and "--pasos" not in message
+    for name in names:
+        (saved / name / "optimizer.bin").unlink()
+    shutil.rmtree(place / "texto")
+    shutil.copytree(there / "datos", place / "texto")
+    assert "fase-1-paso-0000002 está incompleto (falta optimizer.bin)" in refused()
+
+
+def test_differences_are_told_in_words():
+    then = dict(corpus="a", hidden_size=64, steps=[1, 2], memory_rates=[1e-3, 5e-5], recompute=False, raro=1)
+    now = dict(corpus="a", hidden_size=2048, steps=[1, 3], memory_rates=[1e-3, 1e-4], recompute=True, raro=2)
+    found = checkpoints._differences(dict(identity=then, data="x"), now | {"optimizer": "muon"}, "y")
+    assert found == [
+        "--pasos-fase2 2 entonces, 3 ahora", "--optimizador nada entonces, muon ahora",
+        "--recalcular no entonces, sí ahora", "tasa de Engram en la fase 2 5e-05 entonces, 0,0001 ahora",
+        "ancho del modelo 64 entonces, 2.048 ahora", "raro 1 entonces, 2 ahora",
+    ]  # fmt: skip
+    assert checkpoints._differences(dict(identity=then, data="x"), then, "y") == []
+
+
+# --- full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """disk(bytes): a disk of that size, or the same one resized."""
+    folder = tmp_path / "disco"
+    folder.mkdir()
+
+    def resize(size):
+        again = os.path.ismount(folder)
+        options = f"size={size}" + ",remount" * again
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
+        if done.returncode and not again:
+            pytest.skip("mounting is not permitted here")
+        done.check_returncode()
+        return folder
+
+    yield resize
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_good_and_says_so(place, whole, small_disk):
+    disk = small_disk(2**26)
+    killed(place, "un paso", 7, 0, options=["--salida", str(disk / "mio")])
+    (only,) = checkpoints.all_checkpoints(disk / "mio-checkpoints")
+    size = sum(path.stat().st_size for path in only.iterdir())
+    small_disk(size * 3 // 2)
+
+    def fills_later(*options):  # the plan, which finds this out before it begins, sees a disk that others fill later
+        train.check = lambda *_: None
+        bench_kills.train_here(*options)
+
+    code, out = run(place, "--salida", str(disk / "mio"), "--reanudar")
+    assert code == 1 and "No he abierto nada" in out, out
+    code, out = run(place, "--salida", str(disk / "mio"), "--reanudar", action=fills_later)
+    assert code == 1, out
+    assert "No queda espacio en el disco" in out and f"punto de control entero es {only}" in out
+    assert checkpoints.all_checkpoints(disk / "mio-checkpoints") == [only] and checkpoints.fault(only) is None
+    assert not list((disk / "mio-checkpoints").glob(".*"))
+    small_disk(2**26)
+    code, out = run(place, "--salida", str(disk / "mio"), "--reanudar")
+    assert code == 0 and "Sigo desde la fase 1, paso 2" in out
+    assert weights(disk, "mio") == whole
+
+
+# --- trackers
+
+
+def test_tensorboard_gets_losses_rates_speed_and_results_once_each(place):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed(place, "un paso", 8, 0, options=["--registro", "tensorboard"])
+    code, out = run(place, "--registro", "tensorboard", "--reanudar")
+    assert code == 0, out
+    events = EventAccumulator(str(place / f"{bench_kills.OUTPUT}-registro")).Reload()
+    rows = [json.loads(line) for line in (place / bench_kills.OUTPUT / "entrenamiento.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "step" in row]
+    logged = events.Scalars("entrenamiento/pérdida")
+    assert [event.step for event in logged] == list(range(1, 9))
+    assert [event.value for event in logged] == pytest.approx(losses, abs=1e-5)
+    assert [event.step for event in events.Scalars("texto apartado/bits por byte")] == [0, 4, 8]
+    assert [event.step for event in events.Scalars("tasa/Phi")] == [5, 6, 7, 8]
+    assert len(events.Scalars("entrenamiento/tokens por segundo")) == 8
+
+
+def test_a_tracker_that_is_not_installed_is_found_out_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match="pip install trackio"):
+        train.main(["--registro", "trackio", "--modelo", "no-existe"])
