@@ -10,6 +10,7 @@ the base. Rows are appended to tests/study_results.jsonl: delete a line there to
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in front saves a fifth of the time.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_phi_engram as train  # noqa: E402
-from corpus_phi_engram import batch_at, documents, prepare_corpus, standard_library, text_files  # noqa: E402
+from corpus_phi_engram import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files  # noqa: E402
 from load_phi_engram import (  # noqa: E402
     SpanishParser,
     UserError,
@@ -160,7 +161,7 @@ def run_row(name: str, settings: dict, path=None) -> dict:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    print({key: value for key, value in row.items() if key not in ("left_out", "indices")}, flush=True)
+    print({key: value for key, value in row.items() if key != "left_out"}, flush=True)
     return row
 
 
@@ -188,11 +189,6 @@ def near_duplicates(held_out: list[str], training, share: float = 0.2) -> dict[i
     return {i: found for i, found in shares.items() if found >= share}
 
 
-def split_documents(tokens: np.ndarray, end: int) -> list[np.ndarray]:
-    """Token ids of each document, its end of text included."""
-    return np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]
-
-
 def package_code(package: str) -> Path:
     """A copy of an installed package's .py files, without its tests."""
     folder = CACHE / "dominios" / package
@@ -212,45 +208,59 @@ def package_code(package: str) -> Path:
     return folder
 
 
-def raw_corpus(domain: str):
-    tokenizer = AutoTokenizer.from_pretrained(base_folder())
-    if domain == "stdlib":
-        return tokenizer, prepare_corpus(tokenizer, length=RECIPE.length, seed=0)
-    source = package_code(domain)
-    return tokenizer, prepare_corpus(tokenizer, source, length=RECIPE.length, seed=0, max_tokens=DOMAIN_TOKENS)
+def files_of(domain: str, tokenizer):
+    """Whole files of a domain as {name: (text, ids)}, of training and held out, and a digest of all.
+
+    prepare_corpus also holds out the end of long files, which the base of these rows has been trained on.
+    """
+    source, parts, count, digest = standard_library(), ({}, {}), 0, hashlib.sha256()
+    if domain != "stdlib":
+        source = package_code(domain)
+    for file in text_files(source):
+        raw = file.read_bytes()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip() and "\0" not in text and (domain == "stdlib" or count < DOMAIN_TOKENS):
+            ids = np.asarray([*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id], np.uint16)
+            draw = int.from_bytes(hashlib.sha256(b"0\n" + raw).digest()[:8], "big")
+            parts[draw % HELD_OUT_SHARE == 0][str(file.relative_to(source))] = text, ids
+            digest.update(ids.tobytes())
+            count += len(ids)
+    return *parts, digest.hexdigest()
+
+
+def as_corpus(domain: str, training: dict, held_out: dict, digest: str) -> Corpus:
+    tokens = [np.concatenate([ids for _, ids in part.values()]) for part in (training, held_out)]
+    size = sum(len(text.encode()) for text, _ in held_out.values()) / len(tokens[1])
+    return Corpus(domain, *tokens, size, len(training) + len(held_out), Skipped(), digest)
 
 
 def find_duplicates(domain: str) -> dict:
     """Row of kind "corpus": which held-out files are left out of the measure, and by how much they are copies."""
-    tokenizer, corpus = raw_corpus(domain)
-    parts = {
-        part: [tokenizer.decode(ids[:-1]) for ids in split_documents(tokens, tokenizer.eos_token_id)]
-        for part, tokens in (("train", corpus.train), ("held_out", corpus.held_out))
-    }
-    copies = near_duplicates(parts["held_out"], parts["train"])
-    source = standard_library() if domain == "stdlib" else package_code(domain)
-    names = {text: str(file.relative_to(source)) for file in text_files(source) for text in documents([file], [])}
+    training, held_out, digest = files_of(domain, AutoTokenizer.from_pretrained(base_folder()))
+    copies = near_duplicates([text for text, _ in held_out.values()], [text for text, _ in training.values()])
+    names = list(held_out)
     return dict(
-        digest=corpus.digest, indices=list(copies),
-        left_out={names.get(parts["held_out"][i], "?"): round(share, 2) for i, share in copies.items()},
-        documents=[len(parts["train"]), len(parts["held_out"])], tokens=[len(corpus.train), len(corpus.held_out)],
+        digest=digest, left_out={names[i]: round(share, 2) for i, share in copies.items()},
+        documents=[len(training), len(held_out)],
+        tokens=[sum(len(ids) for _, ids in part.values()) for part in (training, held_out)],
     )  # fmt: skip
 
 
 def study_corpus(domain: str):
     """Tokenizer, and the corpus with near-duplicates taken out of its held-out part."""
-    tokenizer, corpus = raw_corpus(domain)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    training, held_out, digest = files_of(domain, tokenizer)
     row = run_row(f"corpus-{domain}", dict(kind="corpus", domain=domain))
-    if row["digest"] != corpus.digest:
+    if row["digest"] != digest:
         raise UserError(
             f"El texto de {domain} no es el de los resultados que ya hay en {RESULTS} (¿otra versión de Python o del "
             "paquete?). Guárdalos con otro nombre y empieza un archivo nuevo."
         )
-    kept = [ids for i, ids in enumerate(split_documents(corpus.held_out, tokenizer.eos_token_id))
-            if i not in row["indices"]]  # fmt: skip
-    size = sum(len(tokenizer.decode(ids[:-1]).encode()) for ids in kept)
-    held_out = np.concatenate(kept)
-    return tokenizer, replace(corpus, held_out=held_out, bytes_per_token=size / len(held_out))
+    kept = {name: file for name, file in held_out.items() if name not in row["left_out"]}
+    return tokenizer, as_corpus(domain, training, kept, digest)
 
 
 # ---------- Models ----------
@@ -260,7 +270,7 @@ def base_folder() -> Path:
     folder = CACHE / "base"
     if not folder.exists():
         tokenizer = train.demo_tokenizer(text_files(standard_library()), train.DEMO_SHAPE["vocab_size"])
-        corpus = prepare_corpus(tokenizer, length=RECIPE.length, seed=0)
+        corpus = as_corpus("stdlib", *files_of("stdlib", tokenizer))
         set_seed(0)
         end = tokenizer.eos_token_id
         base = PhiForCausalLM(PhiConfig(**train.DEMO_SHAPE, bos_token_id=end, eos_token_id=end))

@@ -50,11 +50,6 @@ def test_near_duplicates():
     assert study.near_duplicates([mixed], training, share=0.1) == {0: pytest.approx(16 / 96)}
 
 
-def test_documents_are_split_at_their_ends():
-    parts = study.split_documents(np.array([5, 6, 0, 7, 0]), end=0)
-    assert [part.tolist() for part in parts] == [[5, 6, 0], [7, 0]]
-
-
 @pytest.mark.parametrize("changes", [
     dict(begin="zero"), dict(begin="random"), dict(begin="tokens"), dict(begin="states"), dict(begin="next"),
     dict(without="gate"), dict(without="conv"), dict(config=dict(engram_bias=True)),
@@ -63,7 +58,7 @@ def test_every_graft_is_exact(small, changes):
     plain = PhiForCausalLM.from_pretrained(small).eval()
     text = np.random.default_rng(0).integers(0, plain.config.vocab_size, 4096)
     recipe = replace(study.RECIPE, batch=4, length=32)
-    model, _ = study.grafted(corpus=study.train.Corpus("", text, text, 1.0, 1, [], ""), recipe=recipe, **changes)
+    model, _ = study.grafted(corpus=study.Corpus("", text, text, 1.0, 1, study.Skipped(), ""), recipe=recipe, **changes)
     ids = torch.from_numpy(text[None, :64])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
