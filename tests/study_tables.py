@@ -1,0 +1,104 @@
+"""The study's rows as the Markdown tables of DOCUMENTACION_TECNICA.md: python tests/study_engram.py --tabla."""
+
+from statistics import mean, stdev
+
+from load_phi_engram import spanish
+from study_engram import LONG, METHODS, SEEDS, SHORT, study_rows
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and, from two values on, their standard deviation."""
+    text = spanish(mean(values), digits) + (f" ± {spanish(stdev(values), digits)}" if len(values) > 1 else "")
+    return text.replace("-", "−")
+
+
+def markdown(head: str, lines: list[str]) -> str:
+    return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *lines, ""])
+
+
+def best(rows: list[dict]) -> dict:
+    """The row with the lowest loss."""
+    return min(rows, key=lambda row: row["loss"])
+
+
+def of_seeds(done, name: str) -> list[dict]:
+    """One row per seed. The control's on seed 0 is the best of its rates, which the other seeds take."""
+    rows = [done[f"{name}-s{seed}"] for seed in SEEDS if f"{name}-s{seed}" in done]
+    rates = [row for key, row in done.items() if name == "control" and key.startswith("control-largo-")]
+    return [*([best(rates)] if rates else []), *rows]
+
+
+def main_table(done) -> str:
+    """Engram against the control; differences are taken within a seed."""
+    lines, control = [], {row["seed"]: row["loss"] for row in of_seeds(done, "control")}
+
+    def line(label, rows, losses):
+        gain = [loss - control[row["seed"]] for row, loss in zip(rows, losses) if row["seed"] in control]
+        lines.append(
+            f"| {label} | {len(rows)} | {spread(losses)} | {spread(gain) if any(gain) else '–'} | "
+            f"{spanish(mean(row['tokens'] for row in rows) / 1e6, 2)} |"
+        )
+
+    for label, name in (
+        ("Phi de partida", ""), ("control, mismos tokens", "control"), ("control, mismo reloj", "reloj"),
+        ("Engram", "engram"),
+    ):  # fmt: skip
+        rows = of_seeds(done, name) if name else [dict(done["base"], seed=None)]
+        if name == "engram" and rows:
+            first = [dict(row, tokens=row["tokens"] * row["steps"][0] / sum(row["steps"])) for row in rows]
+            line("Engram tras la fase 1 (solo la memoria)", first, [row["after_phases"][0] for row in rows])
+            line("**Engram tras la fase 2 (todo)**", rows, [row["loss"] for row in rows])
+        elif rows:
+            line(label, rows, [row["loss"] for row in rows])
+    return markdown("| modelo | semillas | pérdida | frente al control | millones de tokens |", lines)
+
+
+def rates_table(done) -> str:
+    """Of the control, seed 0."""
+    lines = []
+    for rate in sorted({row["rate"] for key, row in done.items() if key.startswith("control-")}):
+        names = [f"control-{length}-{rate:g}" for length in ("corto", "largo")]
+        cells = [spanish(done[name]["loss"], 3) if name in done else "–" for name in names]
+        lines.append(f"| {f'{rate:g}'.replace('.', ',')} | {' | '.join(cells)} |")
+    return markdown(f"| tasa del control | {sum(SHORT)} pasos | {sum(LONG)} pasos |", lines)
+
+
+def domain_table(done, domain: str) -> str:
+    """The best rate of each method on seed 0, and the same rate on the others."""
+    base = done[f"{domain}-base"]
+    lines = [f"| nada | – | – | 1 | {spanish(base['loss'], 3)} | – |"]
+    for method in METHODS:
+        tried = [r for r in done.values() if r.get("method") == method and r.get("domain") == domain]
+        if tried:
+            first = best([row for row in tried if row["seed"] == 0])
+            rows = [first, *(row for row in tried if row["seed"] and row["rate"] == first["rate"])]
+            losses, old = [row["loss"] for row in rows], [row["old"] - base["old"] for row in rows]
+            lines.append(
+                f"| {method} | {spanish(first['trained'])} | {first['rate']:g} | {len(rows)} | "
+                f"{spread(losses)} | {spread(old)} |"
+            )
+    return markdown("| qué aprende | parámetros en uso | tasa | semillas | pérdida nueva | olvido |", lines)
+
+
+def ablation_table(done) -> str:
+    """One seed, 200 steps; against the recipe's own row, and against the best control of as many steps."""
+    reference = done["engram-corto"]
+    lines = []
+    for name, settings in study_rows().items():
+        if name in done and settings["kind"] == "engram" and sum(settings["steps"]) == sum(SHORT):
+            row = done[name]
+            difference = "–" if row is reference else spread([row["loss"] - reference["loss"]])
+            after = spanish(row["after_phases"][0], 3) if settings["steps"][0] and settings["steps"][1] else "–"
+            lines.append(
+                f"| {name} | {after} | {spanish(row['loss'], 3)} | {difference} | {spanish(row['slots'])} | "
+                f"{spanish(row['seconds'])} |"
+            )
+    return markdown("| fila | tras la fase 1 | pérdida | diferencia | filas de tabla | segundos |", lines)
+
+
+def tables(done) -> str:
+    text = [main_table(done), rates_table(done)]
+    text += [domain_table(done, row["domain"]) for row in done.values() if row.get("method") == "nada"]
+    if "engram-corto" in done:
+        text.append(ablation_table(done))
+    return "\n".join(text)
