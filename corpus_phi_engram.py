@@ -214,13 +214,14 @@ def dataset_documents(name: str, skipped: Skipped):
         ) from error
 
 
-def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, max_tokens=None) -> Corpus:
+def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, max_tokens=None, fresh=True) -> Corpus:
     """Tokenise once into memory-mapped files that the next run finds again.
 
     Args:
         source: folder or file; the Python standard library when neither it nor `dataset` is given.
         length: tokens per block; a part with less than one block is refused.
         max_tokens: stop reading after so many.
+        fresh: read a dataset anew; False where another process has just done so.
     Raises:
         UserError: nothing there, nothing that is text, or too little of it.
     """
@@ -248,7 +249,7 @@ def prepare_corpus(tokenizer, source=None, *, dataset=None, length=512, seed=0, 
     key.update(json.dumps(settings).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram"
     folder = cache / f"corpus-{key.hexdigest()[:16]}"
-    if dataset or not folder.exists():
+    if (dataset and fresh) or not folder.exists():
         sweep(cache, "corpus-.*")
         _tokenise(tokenizer, stream, skipped, folder, total or None, seed, max_tokens)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

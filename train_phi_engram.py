@@ -651,6 +651,10 @@ def parse(argv):
             raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
     if args.tasas <= 0:
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+    if args.optimizador == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"--optimizador muon pide torch 2.9 o posterior y este es {torch.__version__}: pip install -U torch"
+        )
     check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
@@ -712,7 +716,7 @@ def main(argv=None):
     with accelerator.main_process_first():  # the others find it tokenised
         corpus = prepare_corpus(
             tokenizer, args.datos, dataset=args.dataset, length=args.longitud, seed=args.semilla,
-            max_tokens=args.max_tokens,
+            max_tokens=args.max_tokens, fresh=accelerator.is_main_process,
         )  # fmt: skip
     print(corpus.describe())
     if corpus.skipped:
