@@ -75,7 +75,8 @@ def study_rows() -> dict[str, dict]:
     engram("fases-130-270", (130, 270))
     rows["control-corto-0.0005"] = dict(kind="control", steps=sum(SHORT), rate=5e-4, seed=0)
     engram("engram-s0", LONG)
-    for rate in (1e-3, 5e-4, 2e-3):
+    engram("engram-s0-phi-0.002", LONG, recipe=dict(backbone_rate=2e-3))
+    for rate in (1e-3, 5e-4, 2e-3, 4e-3):
         rows[f"control-largo-{rate:g}"] = dict(kind="control", steps=sum(LONG), rate=rate, seed=0)
     engram("sin-compresion", config=dict(engram_tokenizer_compression=False))
     engram("fases-20-180", (20, 180))
