@@ -279,7 +279,10 @@ class TrainedTables:
 
     @torch.no_grad()
     def expect(self, ids: torch.LongTensor):
-        """Rows of the next micro-batch, int64 [B, T] token ids, begin to come where tables stay in host memory."""
+        """Rows of the next micro-batch, int64 [B, T] token ids, begin to come where tables stay in host memory.
+
+        To be called after the forward pass of the present one, whose own rows are on their way until then.
+        """
         if any(part.table.stays for part in self.parts.values()):
             offsets = self.model.model.engram_hash.offsets
             for offset, (layer_id, row_ids) in zip(offsets, self.model.model.ngram_indices(ids).items()):

@@ -287,11 +287,11 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
         loss = torch.zeros((), device=accelerator.device)
         for micro in range(recipe.accumulate):
             following = batch((offset + step) * recipe.accumulate + micro + 1)
-            if tables:
-                tables.expect(following)
             last = micro == recipe.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
+                if tables:  # this batch has its rows: those of the next may come
+                    tables.expect(following)
                 accelerator.backward(part)
             loss += part.detach()
             ids = following

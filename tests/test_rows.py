@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import helpers
 import train_phi_engram as train
 from load_phi_engram import UserError
-from rows_phi_engram import TrainedTables
+from rows_phi_engram import TrainedTable, TrainedTables
 
 RECIPE = train.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
 RATES = (1e-3, 5e-3, 1e-2, 0.1)  # backbone, dense memory, rows; decay
@@ -95,10 +95,28 @@ def test_steps_are_those_of_torchs_optimisers_on_whole_gradients(stays, accumula
 
 
 @pytest.mark.parametrize("row_state", ["adam", "fila"])
-def test_host_memory_gives_the_bits_of_the_device(row_state):
+def test_host_memory_gives_the_bits_of_the_device(row_state, monkeypatch):
     """What is written late and what is fetched early leave no trace, though batches share rows."""
+    brought, bring = [], TrainedTable._bring
+
+    def watched(self, host, device):
+        brought.append(bring(self, host, device))
+        return brought[-1]
+
     here, _ = trained(6, row_state)
+    monkeypatch.setattr(TrainedTable, "_bring", watched)
+    used, fetched = [], TrainedTable.fetched
+
+    def watching(self, wanted):
+        early = self.coming is not None and torch.equal(self.coming["wanted"], wanted)
+        rows = fetched(self, wanted)
+        used.append(early)
+        return rows
+
+    monkeypatch.setattr(TrainedTable, "fetched", watching)
     there, _ = trained(6, row_state, stays=True)
+    # Of six steps on two tables, all but the first found their rows on the way.
+    assert used == [False] * 2 + [True] * 10 and len(brought) == 12
     assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters()))
 
 
