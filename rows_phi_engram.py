@@ -84,6 +84,8 @@ class TrainedTable:
             self.wait()
             return self.weight[wanted.cpu()].to(wanted.device)
         rows = coming["rows"].result()
+        if rows.is_cuda:  # made on another stream, which must not reuse its memory while this one reads it
+            rows.record_stream(torch.cuda.current_stream(rows.device))
         self.wait()
         if "fresh" in coming:  # the step in between changed some of them
             places, values = coming["fresh"]
@@ -262,12 +264,13 @@ class TrainedTables:
     """
 
     def __init__(self, model, row_state="adam", world=1, shard=False, betas=(0.9, 0.999), eps=1e-8):
-        writer = ThreadPoolExecutor(1, thread_name_prefix="filas")
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="filas")
         shards = (dist.get_rank(), world) if shard and world > 1 else None
         self.model, self.world, self.betas, self.eps, self.sent = model, world, betas, eps, 0
         self.sharded = shards is not None
         self.parts = {
-            name: TrainedTable(table, row_state, shards, writer) for name, table in model.model.engram_tables.items()
+            name: TrainedTable(table, row_state, shards, self.writer)
+            for name, table in model.model.engram_tables.items()
         }
 
     def __enter__(self):
@@ -276,6 +279,7 @@ class TrainedTables:
     def __exit__(self, *exception):
         for part in self.parts.values():
             part.release()
+        self.writer.shutdown()
 
     @torch.no_grad()
     def expect(self, ids: torch.LongTensor):

@@ -201,7 +201,7 @@ def clip_gradients(accelerator, optimizer, limit: float) -> float:
     squares = torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2
     if hasattr(squares, "full_tensor"):  # FSDP keeps a part of each gradient here
         squares = squares.full_tensor()
-    own = sum((p.grad.double().square().sum() for p in rows), torch.zeros((), device=squares.device))
+    own = sum((p.grad.square().sum() for p in rows), torch.zeros((), device=squares.device))
     if inner.tables and inner.tables.sharded:
         torch.distributed.all_reduce(own)
     norm = (squares + own).sqrt().float()
