@@ -276,9 +276,10 @@ class TrainedTables:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        for part in self.parts.values():
-            part.release()
+    def __exit__(self, kind, *_):
+        if kind is None or not self.sharded:  # what stopped this process may not have stopped those that keep the rest
+            for part in self.parts.values():
+                part.release()
         self.writer.shutdown()
 
     @torch.no_grad()
@@ -317,6 +318,8 @@ class TrainedTables:
 
     def save(self, folder):
         """Rows and their state, in one safetensors file; one per process where each keeps a part."""
+        if self.world > 1 and not self.sharded and dist.get_rank():
+            return  # the first process writes what all have
         save_file({f"{n}.{k}": v for n, p in self.parts.items() for k, v in p.tensors().items()}, self.file(folder))
 
     def load(self, folder):
