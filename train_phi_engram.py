@@ -9,6 +9,8 @@ Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at
 are row-sparse: a step touches the rows that its batch reads.
 """
 
+import atexit
+import gc
 import hashlib
 import math
 import os
@@ -352,6 +354,14 @@ def make_accelerator(**options) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, **options)
 
 
+def leave_processes():
+    """At exit, leave the group of processes last: a model wrapped by DDP that outlived it would destroy it itself, and
+    wait, holding Python's lock, for gloo's threads, which may want that lock to let go of a tensor."""
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def train_model(
     model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, keep=1,
     tracker: str | None = None, repo: str | None = None,
@@ -692,6 +702,7 @@ def main(argv=None):
         print(plan(*from_args(args)))
         return
     accelerator = make_accelerator()
+    atexit.register(leave_processes)
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     output = Path(args.salida)

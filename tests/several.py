@@ -3,6 +3,7 @@
     python -m torch.distributed.run --nproc-per-node 4 tests/several.py FOLDER [shard] [stays] [fsdp]
 """
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -55,8 +56,8 @@ def main(folder, *wishes):
     if accelerator.is_main_process:
         state |= {f"dense.{name}": weight.clone() for name, weight in weights.items()}
     save_file(state, Path(folder) / f"{accelerator.process_index}.safetensors")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
+    atexit.register(train.leave_processes)
     main(*sys.argv[1:])

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -400,6 +401,7 @@ class Terminal:
         environment = {**os.environ, **standard, **environment}
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell leaves it, even if the tests run behind one
             os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], environment)
         fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
