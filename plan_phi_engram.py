@@ -291,9 +291,12 @@ def optimizer_bytes(name: str, shape: tuple[int, ...], optimizer: str) -> tuple[
     """Bytes that torch's optimiser keeps for one float32 parameter, and those that its update takes for a moment.
 
     AdamW: two numbers per value. Adafactor: one per row and column of a matrix, or per value. Muon, for the matrices
-    inside the layers: one per value, and AdamW for the rest (float32; one more number for the count of steps).
+    inside the layers: one per value, and AdamW for the rest (float32; one more number for the count of steps). Of 8
+    bits (bitsandbytes): from 4,096 values on, two bytes per value, two scales per 256, and two tables of 256.
     """
     size = math.prod(shape)
+    if optimizer == "adamw8bit":
+        return 2 * (size + 4 * -(-size // 256) + 1024) if size >= 4096 else 8 * size, 8 * size
     if optimizer == "muon" and len(shape) == 2 and ".layers." in name:
         return 4 * size, 10 * size  # momentum; a float32 update and three bfloat16 matrices of the iteration
     if optimizer == "adafactor":

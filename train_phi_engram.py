@@ -12,6 +12,7 @@ are row-sparse: a step touches the rows that its batch reads.
 import atexit
 import gc
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -115,7 +116,7 @@ DEMO_ENGRAM = dict(layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_p
 
 # ---------- Optimiser, one step, evaluation ----------
 
-OPTIMIZERS = ("adamw", "adafactor", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 
 
 class EngramOptimizer(torch.optim.Optimizer):
@@ -156,8 +157,8 @@ def make_optimizer(
     """Groups of the parameters that require a gradient, beside `tables`, the rows (TrainedTables; no weight decay).
 
     Args:
-        kind: "adamw"; "adafactor", whose second moments are factored (Shazeer and Stern, 2018); or "muon" for matrices
-            inside the layers and AdamW for the rest.
+        kind: "adamw"; "adamw8bit", with 8-bit states (bitsandbytes); "adafactor", whose second moments are factored
+            (Shazeer and Stern, 2018); or "muon" for matrices inside the layers and AdamW for the rest.
     """
     groups = {"matrices": [], "outer": [], "vectors": [], "memory": [], "memory_vectors": []}
     for name, parameter in model.named_parameters():
@@ -183,8 +184,12 @@ def make_optimizer(
         hidden = [groups.pop(name) for name in ("matrices", "memory") if name in groups]
         # Its updates scaled to those of AdamW, so that the same rates serve.
         parts.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as rest
+    else:
+        rest = torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW
     if groups:
-        parts.append((torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW)(list(groups.values())))
+        parts.append(rest(list(groups.values())))
     optimizer = EngramOptimizer(parts, tables, table_rate)
     optimizer.rows["full_lr"] = table_rate
     return optimizer
@@ -665,6 +670,8 @@ def parse(argv):
         raise UserError(
             f"--optimizador muon pide torch 2.9 o posterior y este es {torch.__version__}: pip install -U torch"
         )
+    if args.optimizador == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
     check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")

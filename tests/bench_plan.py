@@ -51,6 +51,7 @@ CASES = [  # name, shape, phase, what differs from Choice
     ("demo", DEMO, 2, dict(batch=16, length=256, recompute=True)),
     ("demo", DEMO, 2, dict(batch=4, length=1024, optimizer="adafactor")),
     ("demo", DEMO, 2, dict(batch=4, length=256, optimizer="muon")),
+    ("512 × 8", WIDE, 2, dict(batch=1, length=256, optimizer="adamw8bit")),
 ]
 
 

@@ -1,10 +1,12 @@
 """Tiny models, checkpoints and the tokenizer of the tests. Imported by conftest.py, after the environment is set."""
 
+import importlib.util
 import json
 import shutil
 import sysconfig
 from pathlib import Path
 
+import pytest
 import torch
 
 END_OF_TEXT = 50256
@@ -207,3 +209,9 @@ def save_phi(folder, tokenizer=None, seed: int = 0, **kw):
     (folder / "generation_config.json").unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def installed(optimizers):
+    """The parameters of a test: those that need an optional package are skipped without it."""
+    lacking = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="pip install bitsandbytes")
+    return [pytest.param(name, marks=lacking if name == "adamw8bit" else ()) for name in optimizers]

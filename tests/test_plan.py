@@ -48,7 +48,7 @@ def test_parameters_are_those_of_the_model(config):
 
 
 @pytest.mark.parametrize("row_state", ["adam", "fila"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", helpers.installed(train_script.OPTIMIZERS))
 @pytest.mark.parametrize("phase", [1, 2])
 def test_each_item_after_a_real_step(config, phase, optimizer, row_state):
     model = PhiEngramForCausalLM(config).train()

@@ -199,7 +199,7 @@ def test_gradients_that_stay_no_numbers_stop_the_run_with_advice():
         trained(train.PATIENCE + 5, poison=spoil(set(range(1000))))
 
 
-@pytest.mark.parametrize("kind", train.OPTIMIZERS)
+@pytest.mark.parametrize("kind", helpers.installed(train.OPTIMIZERS))
 def test_every_parameter_has_one_rate_and_decay_where_it_belongs(kind):
     model = helpers.make_model()
     with TrainedTables(model, "adam") as tables:
