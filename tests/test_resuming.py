@@ -12,6 +12,7 @@ import pytest
 
 import bench_kills
 import checkpoint_phi_engram as checkpoints
+import helpers
 import train_phi_engram as train
 from load_phi_engram import UserError, discard, sweep, whole_folder
 
@@ -70,6 +71,17 @@ def test_killed_and_resumed_gives_the_bits_of_the_uninterrupted_run(place, whole
     assert code == 0, out
     assert ("empiezo desde el principio" if kill[0] == "tokenizar" else "Sigo desde la fase 1, paso 2") in out
     assert weights(place) == whole and not bench_kills.leftovers(place)
+
+
+@pytest.mark.parametrize("optimizer", helpers.installed(["adamw8bit"]))
+def test_another_package_s_optimizer_resumes_to_the_same_bits(place, optimizer):
+    kind = ["--optimizador", optimizer]
+    killed(place, "un paso", 7, 0, options=kind)
+    code, out = run(place, "--reanudar", *kind)
+    assert code == 0, out
+    resumed = weights(place)
+    assert run(place, *kind, "--salida", "entero")[0] == 0
+    assert weights(place, "entero") == resumed
 
 
 def test_killed_while_saving_leaves_the_older_checkpoint_and_nothing_when_all_is_done(place, whole):
