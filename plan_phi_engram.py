@@ -296,7 +296,7 @@ def optimizer_bytes(name: str, shape: tuple[int, ...], optimizer: str) -> tuple[
     """
     size = math.prod(shape)
     if optimizer == "adamw8bit":
-        return 2 * (size + 4 * -(-size // 256) + 1024) if size >= 4096 else 8 * size, 8 * size
+        return 2 * (size + 4 * -(-size // 256) + 1024) if size >= 4096 else 8 * size, 16 * size
     if optimizer == "muon" and len(shape) == 2 and ".layers." in name:
         return 4 * size, 10 * size  # momentum; a float32 update and three bfloat16 matrices of the iteration
     if optimizer == "adafactor":
@@ -322,6 +322,8 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     # One at a time, and the last work tensor of one parameter goes when the next has its own.
     second = 4 * sorted(math.prod(shape) for _, shape in trained)[-2]
     passing = gradients if at_once else max(passing) + second
+    if machine.gpu and choice.optimizer == "adamw8bit":
+        passing = 0  # in place, in one kernel
     rows = sum(4 * n * d for n, d in tables.values())
     row_states = 2 * rows if choice.row_state == "adam" else sum(4 * n for n, _ in tables.values())
 

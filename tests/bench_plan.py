@@ -8,6 +8,7 @@ there, its libraries already warm; tables and their state are written whole firs
 that is freed goes back to the system at once, as where memory is scarce; `--reservado` leaves glibc as it comes.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -118,6 +119,9 @@ def main(argv=None):
     print("|" + " --- |" * 8)
     for number, (name, _, phase, different) in enumerate(CASES):
         if args.solo not in name:
+            continue
+        if different.get("optimizer") == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+            print("(adamw8bit: sin medir; pide pip install bitsandbytes)", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as scratch:
             words = [sys.executable, __file__, "--uno", str(number), *["--reservado"] * args.reservado]
