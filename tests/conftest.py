@@ -16,6 +16,7 @@ for name in [name for name in os.environ if name.startswith("HF_") or name == "T
     del os.environ[name]
 os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_CACHE"] = str(Path(_home.name) / "hub")
+os.environ["XDG_CACHE_HOME"] = str(Path(_home.name) / "cache")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -85,9 +86,4 @@ def corpus_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def code(tmp_path):
     """A folder of 60 small Python files, all different."""
-    function = "def add_{0}(first, second):\n    return first + second + {0}\n\n\n"
-    folder = tmp_path / "codigo"
-    folder.mkdir()
-    for i in range(60):
-        (folder / f"m{i:02d}.py").write_text("".join(function.format(100 * i + k) for k in range(5)))
-    return folder
+    return helpers.write_code(tmp_path / "codigo")

@@ -215,3 +215,12 @@ def installed(optimizers):
     """The parameters of a test: those that need an optional package are skipped without it."""
     lacking = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="pip install bitsandbytes")
     return [pytest.param(name, marks=lacking if name == "adamw8bit" else ()) for name in optimizers]
+
+
+def write_code(folder):
+    """60 small Python files, all different, in a new folder."""
+    function = "def add_{0}(first, second):\n    return first + second + {0}\n\n\n"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"m{i:02d}.py").write_text("".join(function.format(100 * i + k) for k in range(5)))
+    return folder

@@ -20,7 +20,7 @@ import helpers
 import share_phi_engram as share
 import train_phi_engram as train
 from hub import Hub
-from load_phi_engram import UserError, load_phi_1_with_engram
+from load_phi_engram import UserError, load_phi_1_with_engram, run_script
 
 ROOT = Path(train.__file__).parent
 RECIPE = train.Recipe(
@@ -51,6 +51,13 @@ def run(*arguments, cwd, **kwargs):
     """train_phi_engram.py as a user runs it, from another folder."""
     command = [sys.executable, str(ROOT / "train_phi_engram.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=300, **kwargs)
+
+
+def run_here(*arguments):
+    """Exit status of the script in this process, which has already imported everything."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(train.main, [*map(str, arguments)])
+    return stopped.value.code
 
 
 SMALL = ["--longitud", 32, "--lote", 2, "--acumular", 1, "--pasos-fase1", 3, "--pasos-fase2", 3]
@@ -107,8 +114,20 @@ def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, mo
         train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(2, 0)), tmp_path / "fuera")
 
 
+@pytest.fixture(scope="module")
+def whole(grafted, tmp_path_factory):
+    """Weights of the run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("entero")
+    model, tokenizer = open_grafted(grafted)
+    corpus = corpora.prepare_corpus(tokenizer, helpers.write_code(folder / "codigo"), length=32)
+    train.train_model(model, tokenizer, corpus, RECIPE, folder / "entero")
+    return model.state_dict()
+
+
 @pytest.mark.parametrize("stop_at", [("Fase 1", 2), ("Fase 2", 1), ("Fase 2", 3)])
-def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted, code, tmp_path, monkeypatch, stop_at):
+def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
+    grafted, code, whole, tmp_path, monkeypatch, stop_at
+):
     steps = train.run_steps
 
     def interrupted(*args, label, on_step, **kwargs):
@@ -125,7 +144,6 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted
         corpus = corpora.prepare_corpus(tokenizer, code, length=32)
         return model, train.train_model(model, tokenizer, corpus, RECIPE, tmp_path / name, resume=resume)
 
-    whole, _ = trained("entero")
     with monkeypatch.context() as patch:
         patch.setattr(train, "run_steps", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -134,7 +152,7 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(grafted
     expected = [(phase, step) for phase in (1, 2) for step in range(1, 5)]
     assert [(row["phase"], row["step"]) for row in outcome["history"]] == expected
     assert len(outcome["results"]) == 3
-    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.items())
 
 
 def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(grafted, code, tmp_path, monkeypatch):
@@ -169,7 +187,7 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
 # --- the script
 
 
-def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, tokenizer):
+def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypatch, capsys):
     done = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ni un bit" in done.stdout and "tokens/s" in done.stderr
@@ -183,21 +201,12 @@ def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, tokenize
     rows = [json.loads(line) for line in (folder / "entrenamiento.jsonl").read_text().splitlines()]
     assert sum("step" in row for row in rows) == 6 and sum("bits_per_byte" in row for row in rows) == 3
     assert (folder / "perdidas.png").read_bytes()[:4] == b"\x89PNG"
-    check = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('def f(x):', return_tensors='pt').input_ids\n"
-        "print('logits', model(ids).logits.isfinite().all().item(), model.generation_config.eos_token_id)"
-    )
-    opened = subprocess.run(
-        [sys.executable, "-I", "-c", check, str(folder)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert f"logits True {tokenizer.eos_token_id}" in opened.stdout, opened.stderr
-    again = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
-    assert again.returncode == 1 and "ya existe" in again.stderr  # hours of training are not overwritten
+    monkeypatch.chdir(tmp_path)
+    assert run_here("--modelo", grafted, "--datos", code, *SMALL) == 1
+    assert "ya existe" in capsys.readouterr().err  # hours of training are not overwritten
 
 
-def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path):
+def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, monkeypatch, capsys):
     options = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 1, "--acumular", 1]
     options += ["--pasos-fase1", 40, "--pasos-fase2", 2, "--guardar-cada", 2]
     command = [sys.executable, str(ROOT / "train_phi_engram.py"), *map(str, options)]
@@ -211,9 +220,9 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path):
     assert process.returncode == 130, err
     assert "--reanudar" in out and "Traceback" not in err
     assert not (tmp_path / "phi1-engram-trained").exists()
-    done = run(*options, "--reanudar", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"Sigo desde la fase 1, paso \d+ de 40", done.stdout)
+    monkeypatch.chdir(tmp_path)
+    assert run_here(*options, "--reanudar") == 0
+    assert re.search(r"Sigo desde la fase 1, paso \d+ de 40", capsys.readouterr().out)
     weights = helpers.saved_tensors(tmp_path / "phi1-engram-trained")
     original = helpers.saved_tensors(grafted)
     moved = [name for name in original if not torch.equal(original[name], weights[name])]
@@ -231,10 +240,10 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path):
         (["--dato", "x"], "--datos"),
     ],
 )
-def test_mistakes_get_a_spanish_sentence_and_no_traceback(tmp_path, options, message):
-    done = run(*options, cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_get_a_spanish_sentence_and_no_traceback(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(*options) in (1, 2)
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("phi1-engram*"))
 
 
@@ -244,7 +253,7 @@ def test_subir_without_a_key_is_found_out_before_training(grafted, code, tmp_pat
     assert "Fase 1" not in done.stdout
 
 
-def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafted, code, tmp_path):
+def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafted, code, tmp_path, tokenizer):
     with Hub() as hub:
         environment = hub.environment(tmp_path / "home", token="hf_prueba")
         done = run(
@@ -259,15 +268,17 @@ def test_subir_puts_the_folder_on_the_hub_private_and_it_opens_from_there(grafte
         assert local.items() <= uploaded.items()
         assert b'from_pretrained("usuario/phi1-engram"' in uploaded["README.md"]
         check = (
-            "from transformers import AutoModelForCausalLM\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             "m = AutoModelForCausalLM.from_pretrained('usuario/phi1-engram', trust_remote_code=True)\n"
-            "print(type(m).__name__, m.config.engram_layer_ids)"
+            "ids = AutoTokenizer.from_pretrained('usuario/phi1-engram')('def f(x):', return_tensors='pt').input_ids\n"
+            "print(type(m).__name__, m.config.engram_layer_ids, m(ids).logits.isfinite().all().item(),\n"
+            "      m.generation_config.eos_token_id)"
         )
         opened = subprocess.run(
             [sys.executable, "-I", "-c", check], cwd=tmp_path, capture_output=True, text=True,
             env={**environment, "HF_HOME": str(tmp_path / "otra")},
         )  # fmt: skip
-        assert "PhiEngramForCausalLM [1]" in opened.stdout, opened.stderr
+        assert f"PhiEngramForCausalLM [1] True {tokenizer.eos_token_id}" in opened.stdout, opened.stderr
         refused = run(
             "--modelo", grafted, "--datos", code, *SMALL, "--salida", "rechazado", "--subir", "usuario/x", cwd=tmp_path,
             env=hub.environment(tmp_path / "home", token="hf_falsa"),
@@ -287,7 +298,7 @@ def test_key_is_found_in_kaggles_secrets(monkeypatch):
 
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
-    library = [path for path in corpora.text_files(corpora.standard_library()) if path.name < "c"][:25]
+    library = [path for path in corpora.text_files(corpora.standard_library()) if path.name < "c"][:10]
     for module in (train, corpora):
         monkeypatch.setattr(module, "text_files", lambda *_: library)
     monkeypatch.setattr(train, "DEMO_SHAPE", {**train.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
