@@ -114,7 +114,7 @@ def study_rows() -> dict[str, dict]:
 
 
 # What is trained in a new domain, and the rates tried on seed 0 (for the memory: factors of the demo's).
-METHODS = {"memoria": (1, 0.3), "lora": (3e-3, 1e-2), "ancho": (3e-3, 1e-2), "todo": (1e-3, 2e-3)}
+METHODS = {"memoria": (1, 0.3, 3), "lora": (3e-3, 1e-2, 3e-2), "ancho": (3e-3, 1e-2, 3e-2), "todo": (1e-3, 2e-3)}
 
 
 def domain_rows(rows, domain):

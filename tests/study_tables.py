@@ -22,9 +22,9 @@ def best(rows: list[dict]) -> dict:
 
 
 def of_seeds(done, name: str) -> list[dict]:
-    """One row per seed. The control's on seed 0 is the best of its rates, which the other seeds take."""
+    """One row per seed. That of seed 0 is the best of its rates, which the other seeds take."""
+    rates = [row for key, row in done.items() if key.startswith(f"{name}-largo-")]
     rows = [done[f"{name}-s{seed}"] for seed in SEEDS if f"{name}-s{seed}" in done]
-    rates = [row for key, row in done.items() if name == "control" and key.startswith("control-largo-")]
     return [*([best(rates)] if rates else []), *rows]
 
 
@@ -54,13 +54,15 @@ def main_table(done) -> str:
 
 
 def rates_table(done) -> str:
-    """Of the control, seed 0."""
+    """Of Phi, with and without memory, seed 0."""
+    kinds = ("control-corto", "control-largo", "engram-largo")
+    tried = {row["rate"] for key, row in done.items() if key.startswith(kinds)}
     lines = []
-    for rate in sorted({row["rate"] for key, row in done.items() if key.startswith("control-")}):
-        names = [f"control-{length}-{rate:g}" for length in ("corto", "largo")]
-        cells = [spanish(done[name]["loss"], 3) if name in done else "–" for name in names]
+    for rate in sorted(tried):
+        cells = [spanish(done[f"{kind}-{rate:g}"]["loss"], 3) if f"{kind}-{rate:g}" in done else "–" for kind in kinds]
         lines.append(f"| {f'{rate:g}'.replace('.', ',')} | {' | '.join(cells)} |")
-    return markdown(f"| tasa del control | {sum(SHORT)} pasos | {sum(LONG)} pasos |", lines)
+    head = f"| tasa de Phi | control, {sum(SHORT)} pasos | control, {sum(LONG)} pasos | Engram, {sum(LONG)} pasos |"
+    return markdown(head, lines)
 
 
 def domain_table(done, domain: str) -> str:
@@ -74,7 +76,7 @@ def domain_table(done, domain: str) -> str:
             rows = [first, *(row for row in tried if row["seed"] and row["rate"] == first["rate"])]
             losses, old = [row["loss"] for row in rows], [row["old"] - base["old"] for row in rows]
             lines.append(
-                f"| {method} | {spanish(first['trained'])} | {first['rate']:g} | {len(rows)} | "
+                f"| {method} | {spanish(first['trained'])} | {f"{first['rate']:g}".replace('.', ',')} | {len(rows)} | "
                 f"{spread(losses)} | {spread(old)} |"
             )
     return markdown("| qué aprende | parámetros en uso | tasa | semillas | pérdida nueva | olvido |", lines)
