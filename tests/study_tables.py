@@ -74,9 +74,10 @@ def domain_table(done, domain: str) -> str:
         if tried:
             first = best([row for row in tried if row["seed"] == 0])
             rows = [first, *(row for row in tried if row["seed"] and row["rate"] == first["rate"])]
+            rate = f"{first['rate']:g}".replace(".", ",")
             losses, old = [row["loss"] for row in rows], [row["old"] - base["old"] for row in rows]
             lines.append(
-                f"| {method} | {spanish(first['trained'])} | {f"{first['rate']:g}".replace('.', ',')} | {len(rows)} | "
+                f"| {method} | {spanish(first['trained'])} | {rate} | {len(rows)} | "
                 f"{spread(losses)} | {spread(old)} |"
             )
     return markdown("| qué aprende | parámetros en uso | tasa | semillas | pérdida nueva | olvido |", lines)
