@@ -630,8 +630,8 @@ def parse(argv):
     parser.add_argument("--dataset", help="dataset del Hub, con el paquete opcional datasets")
     parser.add_argument("--max-tokens", type=int, help="dejar de leer el corpus tras tantos tokens")
     parser.add_argument("--salida", default="phi1-engram-trained", help="carpeta final (por defecto, %(default)s)")
-    parser.add_argument("--pasos-fase1", type=int, help="pasos de la fase 1 (por defecto, una pasada al corpus)")
-    parser.add_argument("--pasos-fase2", type=int, help="pasos de la fase 2 (por defecto, una pasada al corpus)")
+    parser.add_argument("--pasos-fase1", type=int, help="de la fase 1 (un décimo de pasada; entera sin fase 2)")
+    parser.add_argument("--pasos-fase2", type=int, help="de la fase 2 (por defecto, una pasada al corpus)")
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
@@ -680,6 +680,14 @@ def parse(argv):
     if args.subir and args.subir.count("/") != 1:
         raise UserError(f"--subir {args.subir} no es válido: escribe tu-usuario/nombre.")
     return args
+
+
+def steps_of_phases(asked_1: int | None, asked_2: int | None, tokens: int, recipe: Recipe) -> tuple[int, int]:
+    """What was asked, or one pass over `tokens` in phase 2 and a tenth of one in phase 1, where longer ones lost in our
+    study (DOCUMENTACION_TECNICA.md, 6.4.1). A whole pass in phase 1 when it is the only one."""
+    one_pass = max(1, tokens // recipe.tokens_per_step)
+    first = one_pass if asked_2 == 0 else -(-one_pass // 10)
+    return first if asked_1 is None else asked_1, one_pass if asked_2 is None else asked_2
 
 
 def writable_memory(model):
@@ -744,9 +752,7 @@ def main(argv=None):
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas,
     )  # fmt: skip
-    one_pass = max(1, len(corpus.train) // recipe.tokens_per_step)
-    asked = (args.pasos_fase1, args.pasos_fase2)
-    recipe = replace(recipe, steps=tuple(one_pass if steps is None else steps for steps in asked))
+    recipe = replace(recipe, steps=steps_of_phases(args.pasos_fase1, args.pasos_fase2, len(corpus.train), recipe))
     if min(recipe.steps) < 0 or not any(recipe.steps):
         raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
     tokens = spanish(recipe.tokens_per_step)

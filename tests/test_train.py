@@ -187,6 +187,14 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
 # --- the script
 
 
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [((None, None), (4, 31)), ((None, 0), (31, 0)), ((None, 5), (4, 5)), ((7, None), (7, 31)), ((0, 3), (0, 3))],
+)
+def test_steps_that_nobody_asked_for_come_from_the_corpus(asked, steps):
+    assert train.steps_of_phases(*asked, 31 * RECIPE.tokens_per_step + 5, RECIPE) == steps
+
+
 def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypatch, capsys):
     done = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
