@@ -630,8 +630,10 @@ def parse(argv):
     parser.add_argument("--dataset", help="dataset del Hub, con el paquete opcional datasets")
     parser.add_argument("--max-tokens", type=int, help="dejar de leer el corpus tras tantos tokens")
     parser.add_argument("--salida", default="phi1-engram-trained", help="carpeta final (por defecto, %(default)s)")
-    parser.add_argument("--pasos-fase1", type=int, help="de la fase 1 (un décimo de pasada; entera sin fase 2)")
-    parser.add_argument("--pasos-fase2", type=int, help="de la fase 2 (por defecto, una pasada al corpus)")
+    parser.add_argument(
+        "--pasos-fase1", type=int, help="pasos de la fase 1 (por defecto, un décimo de pasada; sin fase 2, una entera)"
+    )
+    parser.add_argument("--pasos-fase2", type=int, help="pasos de la fase 2 (por defecto, una pasada al corpus)")
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
