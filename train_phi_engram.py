@@ -672,7 +672,8 @@ def parse(argv):
         raise UserError(
             f"--optimizador muon pide torch 2.9 o posterior y este es {torch.__version__}: pip install -U torch"
         )
-    if args.optimizador == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+    # A plan may be for another machine.
+    if args.optimizador == "adamw8bit" and args.plan is None and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
     check_tracker(args.registro)
     if args.datos and args.dataset:
