@@ -21,6 +21,8 @@ WORDS = {
     "row_state": "--estado-filas",
     "recompute": "--recalcular",
     "processes": "procesos",
+    "shard_rows": "--repartir-filas",
+    "shard_model": "--repartir-modelo",
     "backbone_rate": "tasa de Phi",
     "memory_rates": ("tasa de Engram en la fase 1", "tasa de Engram en la fase 2"),
     "table_rates": ("tasa de las tablas en la fase 1", "tasa de las tablas en la fase 2"),

@@ -10,7 +10,6 @@ are row-sparse: a step touches the rows that its batch reads.
 """
 
 import atexit
-import gc
 import hashlib
 import importlib.util
 import math
@@ -21,10 +20,8 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from threading import current_thread, main_thread
 
@@ -32,8 +29,7 @@ try:
     import numpy as np
     import torch
     import transformers
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list, set_seed
+    from accelerate.utils import broadcast_object_list, set_seed
     from tqdm import tqdm
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
@@ -55,6 +51,18 @@ try:
     )
     from phi1_engram import unpack
     from plan_phi_engram import check, from_args, plan
+    from processes_phi_engram import (
+        beside_parts,
+        gather,
+        in_parts,
+        leave_processes,
+        load_parts,
+        make_accelerator,
+        own_part,
+        put_apart,
+        save_parts,
+        whole,
+    )
     from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
@@ -87,6 +95,7 @@ class Recipe:
     recompute: bool = False  # activations again in backward (gradient checkpointing): less memory, a third more time
     processes: int = 1  # that train together, each on micro-batches of its own
     shard_rows: bool = False  # each process keeps a part of the rows instead of all
+    shard_model: bool = False  # and of the dense weights, their gradients and states (FSDP2)
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,7 +142,8 @@ class EngramOptimizer(torch.optim.Optimizer):
 
     def collect(self):
         """After the last backward of a step: exchange rows between processes, and take their gradients in."""
-        self.rows["params"] = self.tables.collect() if self.tables else []
+        if self.tables:
+            self.rows["params"] = beside_parts(self.tables.collect(), self.parts[0].param_groups[0]["params"][0])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -203,17 +213,17 @@ def clip_gradients(accelerator, optimizer, limit: float) -> float:
     inner = getattr(optimizer, "optimizer", optimizer)
     inner.collect()
     accelerator.unscale_gradients(optimizer)
-    rows = inner.rows["params"]
+    rows = [own_part(p.grad) for p in inner.rows["params"]]
     dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
     squares = torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2
-    if hasattr(squares, "full_tensor"):  # FSDP keeps a part of each gradient here
-        squares = squares.full_tensor()
-    own = sum((p.grad.square().sum() for p in rows), torch.zeros((), device=squares.device))
+    squares = whole(squares)
+    own = sum((grad.square().sum() for grad in rows), torch.zeros((), device=squares.device))
     if inner.tables and inner.tables.sharded:
         torch.distributed.all_reduce(own)
     norm = (squares + own).sqrt().float()
-    for parameters in (dense, rows):
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    torch.nn.utils.clip_grads_with_norm_(dense, limit, norm)
+    for grad in rows:  # by the same factor
+        grad.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0))
     return norm.item()
 
 
@@ -295,8 +305,10 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
         for micro in range(recipe.accumulate):
             following = batch((offset + step) * recipe.accumulate + micro + 1)
             last = micro == recipe.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
+            # A model in parts always sums between processes: whole gradients would not fit.
+            with nullcontext() if last or recipe.shard_model else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
                 if tables:  # this batch has its rows: those of the next may come
                     tables.expect(following)
                 accelerator.backward(part)
@@ -339,32 +351,8 @@ def fingerprint(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if "engram" not in name:
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def make_accelerator(**options) -> Accelerator:
-    """bfloat16 where the card computes it (capability 8.0), float16 with loss scaling below, float32 on a CPU."""
-    precision = "no"
-    if torch.cuda.is_available():
-        precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    # Buffers are constants: nothing to send to the other processes before each pass.
-    constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process tokenises or saves
-    # Without a card accelerate joins processes only when it is told that they are to use the CPU.
-    cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    # Every weight is used once a pass: kept copies of them in half precision would only fill the card.
-    handlers = [constant, patient, AutocastKwargs(cache_enabled=False)]
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, **options)
-
-
-def leave_processes():
-    """At exit, leave the group of processes last: a model wrapped by DDP that outlived it would destroy it itself, and
-    wait, holding Python's lock, for gloo's threads, which may want that lock to let go of a tensor."""
-    gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def train_model(
@@ -389,12 +377,7 @@ def train_model(
     """
     output = Path(output)
     checkpoints = output.with_name(output.name + "-checkpoints")
-    accelerator = make_accelerator(log_with=tracker, project_dir=output.parent)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError(
-            "Con FSDP todavía no sé guardar el modelo. Lanza los procesos sin él: "
-            "accelerate launch --num_processes 2 train_phi_engram.py (y --recalcular si falta memoria)."
-        )
+    accelerator = make_accelerator(recipe.shard_model, log_with=tracker, project_dir=output.parent)
     recipe = replace(recipe, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         sweep(output.parent, re.escape(output.name) + "(?:-checkpoints)?")
@@ -423,7 +406,10 @@ def train_model(
     def save(**position):
         def write(folder):  # every process writes a part of the folder that the main one has opened
             folder = broadcast_object_list([str(folder)])[0]
-            accelerator.save_state(folder)
+            if recipe.shard_model:
+                save_parts(model, optimizer.optimizer, accelerator.scaler, folder)
+            else:
+                accelerator.save_state(folder)
             tables.save(folder)
             accelerator.wait_for_everyone()
 
@@ -441,7 +427,9 @@ def train_model(
                 del dense[name]
 
     def measure(name, done, **speed):
-        results.append(dict(name=name, **evaluate(running, corpus, recipe, accelerator.device), **speed))
+        with accelerator.autocast():
+            results.append(dict(name=name, **evaluate(running, corpus, recipe, accelerator.device), **speed))
+        put_apart(model)
         accelerator.print(result_line(results[-1]))
         measured = zip(("pérdida", "perplejidad", "bits por byte"), ("loss", "perplexity", "bits_per_byte"))
         accelerator.log({f"texto apartado/{word}": results[-1][key] for word, key in measured}, step=done)
@@ -463,9 +451,15 @@ def train_model(
                 model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
                 recipe.weight_decay, recipe.optimizer, tables,
             )  # fmt: skip
-            running, optimizer = accelerator.prepare(model, optimizer)
+            if in_parts(model.lm_head.weight):  # since phase 1
+                optimizer = accelerator.prepare_optimizer(optimizer)
+            else:
+                running, optimizer = accelerator.prepare(model, optimizer)
             if saved and phase == state["phase"]:
-                accelerator.load_state(str(saved), strict=False)
+                if recipe.shard_model:
+                    load_parts(model, optimizer.optimizer, accelerator.scaler, saved)
+                else:
+                    accelerator.load_state(str(saved), strict=False)
                 tables.load(saved)
                 first, seconds = state["step"], state["seconds"]
                 accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
@@ -505,6 +499,8 @@ def train_model(
                 accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
             accelerator.unwrap_model(running, keep_fp32_wrapper=False)
             accelerator.free_memory()
+    if recipe.shard_model:
+        gather(model, accelerator.is_main_process)
     outcome = dict(results=results, history=history, recipe=recipe, corpus=corpus)
     for open_tracker in accelerator.trackers:
         open_tracker.finish()
@@ -650,6 +646,9 @@ def parse(argv):
         "--repartir-filas", action="store_true", help="con varios procesos: cada uno guarda una parte de las tablas"
     )
     parser.add_argument(
+        "--repartir-modelo", action="store_true", help="con varios procesos: cada uno guarda una parte de Phi (FSDP2)"
+    )
+    parser.add_argument(
         "--plan", nargs="?", const="", metavar="MÁQUINA",
         help="solo decir si cabe y con qué orden: en este equipo, o en t4, t4x2, colab o kaggle",
     )  # fmt: skip
@@ -668,6 +667,11 @@ def parse(argv):
             raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
     if args.tasas <= 0:
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+    if args.repartir_modelo and args.optimizador != "adamw":
+        raise UserError(
+            f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
+            "adamw, cuyos estados ya se reparten."
+        )
     if args.optimizador == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"--optimizador muon pide torch 2.9 o posterior y este es {torch.__version__}: pip install -U torch"
@@ -719,7 +723,7 @@ def main(argv=None):
     if args.plan is not None:
         print(plan(*from_args(args)))
         return
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(args.repartir_modelo)
     atexit.register(leave_processes)
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
@@ -753,7 +757,7 @@ def main(argv=None):
     recipe = replace(
         scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
-        processes=accelerator.num_processes, shard_rows=args.repartir_filas,
+        processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
     recipe = replace(recipe, steps=steps_of_phases(args.pasos_fase1, args.pasos_fase2, len(corpus.train), recipe))
     if min(recipe.steps) < 0 or not any(recipe.steps):

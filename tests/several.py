@@ -1,17 +1,16 @@
 """A process of `test_processes.py`: trains a small model with others and writes down what came out.
 
-    python -m torch.distributed.run --nproc-per-node 4 tests/several.py FOLDER [shard] [stays] [fsdp]
+    python -m torch.distributed.run --nproc-per-node 4 tests/several.py FOLDER [shard] [stays] [parts] [scaled]
 """
 
 import atexit
-import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 import torch  # noqa: E402
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import test_rows  # noqa: E402
@@ -27,28 +26,24 @@ def main(folder, *wishes):
     model = test_rows.fresh_model()
     for table in model.model.engram_tables.values():
         table.stays = "stays" in wishes
-    fsdp = None
-    if "fsdp" in wishes:
-        os.environ["FSDP_VERSION"] = "2"
-        fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
-            transformer_cls_names_to_wrap=["PhiEngramDecoderLayer"], cpu_ram_efficient_loading=False,
-        )  # fmt: skip
-    accelerator = train.make_accelerator(fsdp_plugin=fsdp)
-    if fsdp:  # accelerate shards over cards alone, unless it is told that these are cards
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = fsdp
+    parts = "parts" in wishes
+    accelerator = train.make_accelerator(parts)
+    if "scaled" in wishes:
+        accelerator.scaler = torch.amp.GradScaler("cpu")
     world, losses = accelerator.num_processes, []
-    recipe = test_rows.replace(test_rows.RECIPE, batch=1, accumulate=BLOCKS // world, processes=world)
+    recipe = dict(batch=1, accumulate=BLOCKS // world, processes=world, shard_model=parts)
+    recipe = test_rows.replace(test_rows.RECIPE, **recipe)
     with TrainedTables(model, "adam", world, "shard" in wishes) as tables:
         optimizer = train.make_optimizer(model, *test_rows.RATES, tables=tables)
         ready = accelerator.prepare(model, optimizer)
+        if "scaled" in wishes:  # float16's loss scaling without its precision
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.autocast = nullcontext
         train.run_steps(
             accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="",
             on_step=lambda step, loss, seconds: losses.append(loss),
         )  # fmt: skip
-        weights = accelerator.unwrap_model(ready[0]).state_dict()
-        weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
+        weights = {name: train.whole(value) for name, value in accelerator.unwrap_model(ready[0]).state_dict().items()}
         sent = tables.sent
     kept = {name: table.weight for name, table in model.model.engram_tables.items() if table.weight is not None}
     state = dict(losses=torch.tensor(losses, dtype=torch.double), sent=torch.tensor(sent))

@@ -29,7 +29,7 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("solo") / "1", 1)[0]
 
 
-@pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "fsdp", "stays")], ids=str)
+@pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "parts", "stays", "scaled")], ids=str)
 def test_several_processes_give_the_result_of_one(tmp_path, alone, wishes):
     """Float64 weights, so that another order of summing is worth 1e-13; losses are computed in float32."""
     ranks = run(tmp_path / "varios", *wishes)
