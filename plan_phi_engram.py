@@ -268,6 +268,7 @@ class Choice:
     keep: int = 1  # checkpoints kept
     resume: bool = False
     shard: bool = False  # every process keeps a part of the rows instead of all
+    shard_model: bool = False  # and of the dense weights, their gradients and states
 
     @property
     def tokens(self) -> int:
@@ -336,6 +337,16 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
     update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
+    if choice.shard_model:
+        for items in (back, update):
+            for name in ("pesos", "estado del optimizador", "gradientes"):
+                items[name] /= machine.cards
+        # Whole for a moment: both ends, two layers, and the gradients of the larger on their way, twice.
+        ends = [4 * n for name, n in numel.items() if n > 1 and ("embed_tokens" in name or "lm_head" in name)]
+        layer = 4 * sum(n for name, n in numel.items() if ".layers." in name) / config.num_hidden_layers
+        back["pesos reunidos"] = sum(ends) + 2 * layer + 2 * max(*ends, layer)
+        if at_once:
+            update["paso del optimizador"] = max(passing / machine.cards, 2 * sum(read) + 5 * max(read))
     computing = max((back, update), key=lambda items: sum(items.values()))
     part = machine.cards if choice.shard else 1
     stored = {"tablas": rows / part, "estado de las tablas": row_states / part}
@@ -456,7 +467,7 @@ def command(choice: Choice, machine: Machine, given=()) -> str:
     words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")
     words += [f"--estado-filas {choice.row_state}"] * (choice.row_state != "adam")
     words += [f"--memoria {choice.place}"] * (choice.place != "auto")
-    words += ["--repartir-filas"] * choice.shard
+    words += ["--repartir-filas"] * choice.shard + ["--repartir-modelo"] * choice.shard_model
     words += [f"--pasos-fase{phase} 0" for phase in (1, 2) if not choice.steps[phase - 1]]
     return " ".join([launch, "train_phi_engram.py", *words])
 
@@ -553,7 +564,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
             f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
         ]
     if machine.cards > 1 and machine.gpu:
-        lines.append("Cada tarjeta guarda el modelo entero y lee sus propios bloques.")
+        what = "una parte del modelo" if choice.shard_model else "el modelo entero"
+        lines.append(f"Cada tarjeta guarda {what} y lee sus propios bloques.")
     if machine.scratch:
         lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
     return "\n".join(lines)
@@ -604,5 +616,6 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
         (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, args.reanudar, args.repartir_filas,
+        args.repartir_modelo,
     )  # fmt: skip
     return args.modelo, choice, machine, given

@@ -173,3 +173,12 @@ def test_plan_from_another_folder_without_network(tmp_path):
     assert "python train_phi_engram.py --lote 2 --longitud 512 --acumular 8 --memoria ram" in result.stdout
     shown = [line for line in result.stdout.splitlines() if "train_phi_engram.py" not in line]
     assert max(map(len, shown)) <= 80 and not any(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_model_in_parts_takes_its_part_of_each_card(config):
+    two = replace(HERE, gpu=1e12, cards=2, half=torch.float16)
+    alone, parts = (account(config, replace(CHOICE, shard_model=each), two, 2) for each in (False, True))
+    for item in ("pesos", "estado del optimizador"):
+        assert parts["GPU"][item] == alone["GPU"][item] / 2
+    assert parts["disco"] == alone["disco"]
+    assert "--repartir-modelo" in command(replace(CHOICE, shard_model=True), two)

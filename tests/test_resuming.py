@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 import bench_kills
 import checkpoint_phi_engram as checkpoints
@@ -86,7 +87,7 @@ def test_another_package_s_optimizer_resumes_to_the_same_bits(place, optimizer):
 
 def test_killed_while_saving_leaves_the_older_checkpoint_and_nothing_when_all_is_done(place, whole):
     def half_saved(*options):
-        save, times = train.Accelerator.save_state, []
+        save, times = Accelerator.save_state, []
 
         def then_kill(accelerator, folder):
             save(accelerator, folder)
@@ -95,7 +96,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint_and_nothing_when_all_is
                 Path(folder, "model.safetensors").write_bytes(b"")
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train.Accelerator.save_state = then_kill
+        Accelerator.save_state = then_kill
         bench_kills.train_here(*options)
 
     assert run(place, action=half_saved)[0] == -signal.SIGKILL
