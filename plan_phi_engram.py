@@ -333,20 +333,16 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     read = [  # bytes of all rows that a step reads, if no two are the same
         4 * d * min(n, choice.tokens * choice.accumulate * orders * config.n_head_per_ngram) for n, d in tables.values()
     ]
-    lasting = {"pesos": weights, "estado del optimizador": states, "gradientes": gradients}
+    share = machine.cards if choice.shard_model else 1
+    lasting = {"pesos": weights / share, "estado del optimizador": states / share, "gradientes": gradients / share}
+    peak = {**peak, "gradientes": peak["gradientes"] / share}
     peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
-    update = {**lasting, "paso del optimizador": max(passing, 2 * sum(read) + 5 * max(read))}
-    if choice.shard_model:
-        for items in (back, update):
-            for name in ("pesos", "estado del optimizador", "gradientes"):
-                items[name] /= machine.cards
-        # Whole for a moment: both ends, two layers, and the gradients of the larger on their way, twice.
-        ends = [4 * n for name, n in numel.items() if n > 1 and ("embed_tokens" in name or "lm_head" in name)]
-        layer = 4 * sum(n for name, n in numel.items() if ".layers." in name) / config.num_hidden_layers
+    update = {**lasting, "paso del optimizador": max(passing / share, 2 * sum(read) + 5 * max(read))}
+    if share > 1:  # whole for a moment: both ends, two layers, and twice the largest gradient, on its way
+        ends = [4 * size for name, size in numel.items() if name.startswith(("model.embed_tokens", "lm_head"))]
+        layer = 4 * sum(size for name, size in numel.items() if ".layers." in name) / config.num_hidden_layers
         back["pesos reunidos"] = sum(ends) + 2 * layer + 2 * max(*ends, layer)
-        if at_once:
-            update["paso del optimizador"] = max(passing / machine.cards, 2 * sum(read) + 5 * max(read))
     computing = max((back, update), key=lambda items: sum(items.values()))
     part = machine.cards if choice.shard else 1
     stored = {"tablas": rows / part, "estado de las tablas": row_states / part}

@@ -58,7 +58,6 @@ try:
         leave_processes,
         load_parts,
         make_accelerator,
-        own_part,
         put_apart,
         save_parts,
         whole,
@@ -213,17 +212,15 @@ def clip_gradients(accelerator, optimizer, limit: float) -> float:
     inner = getattr(optimizer, "optimizer", optimizer)
     inner.collect()
     accelerator.unscale_gradients(optimizer)
-    rows = [own_part(p.grad) for p in inner.rows["params"]]
+    rows = [row for _, row in inner.tables.pairs.values()] if inner.tables else []
     dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
-    squares = torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2
-    squares = whole(squares)
-    own = sum((grad.square().sum() for grad in rows), torch.zeros((), device=squares.device))
+    squares = whole(torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2)
+    own = sum((p.grad.square().sum() for p in rows), torch.zeros((), device=squares.device))
     if inner.tables and inner.tables.sharded:
         torch.distributed.all_reduce(own)
     norm = (squares + own).sqrt().float()
-    torch.nn.utils.clip_grads_with_norm_(dense, limit, norm)
-    for grad in rows:  # by the same factor
-        grad.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0))
+    for parameters in (dense, rows):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
 
 
@@ -307,7 +304,7 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
             last = micro == recipe.accumulate - 1
             # A model in parts always sums between processes: whole gradients would not fit.
             with nullcontext() if last or recipe.shard_model else accelerator.no_sync(model):
-                with accelerator.autocast():
+                with accelerator.autocast():  # accelerate does not wrap a model in parts in it
                     part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
                 if tables:  # this batch has its rows: those of the next may come
                     tables.expect(following)

@@ -13,6 +13,7 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import processes_phi_engram as processes  # noqa: E402
 import test_rows  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
@@ -27,7 +28,7 @@ def main(folder, *wishes):
     for table in model.model.engram_tables.values():
         table.stays = "stays" in wishes
     parts = "parts" in wishes
-    accelerator = train.make_accelerator(parts)
+    accelerator = processes.make_accelerator(parts)
     if "scaled" in wishes:
         accelerator.scaler = torch.amp.GradScaler("cpu")
     world, losses = accelerator.num_processes, []
@@ -39,11 +40,24 @@ def main(folder, *wishes):
         if "scaled" in wishes:  # float16's loss scaling without its precision
             accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
             accelerator.autocast = nullcontext
+
+        def on_step(step, loss, seconds):
+            losses.append(loss)
+            if parts and step == STEPS // 2:  # all saved, lost and loaded again on the way
+                held = optimizer, accelerator.scaler, folder
+                processes.save_parts(model, *held)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        processes.own_part(parameter).zero_()
+                for part in optimizer.parts:
+                    part.state.clear()
+                processes.load_parts(model, *held)
+
         train.run_steps(
-            accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="",
-            on_step=lambda step, loss, seconds: losses.append(loss),
+            accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="", on_step=on_step
         )  # fmt: skip
-        weights = {name: train.whole(value) for name, value in accelerator.unwrap_model(ready[0]).state_dict().items()}
+        state = accelerator.unwrap_model(ready[0]).state_dict()
+        weights = {name: processes.whole(value) for name, value in state.items()}
         sent = tables.sent
     kept = {name: table.weight for name, table in model.model.engram_tables.items() if table.weight is not None}
     state = dict(losses=torch.tensor(losses, dtype=torch.double), sent=torch.tensor(sent))
@@ -54,5 +68,5 @@ def main(folder, *wishes):
 
 
 if __name__ == "__main__":
-    atexit.register(train.leave_processes)
+    atexit.register(processes.leave_processes)
     main(*sys.argv[1:])
