@@ -15,10 +15,8 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -31,23 +29,19 @@ try:
     import transformers
     from accelerate.utils import broadcast_object_list, set_seed
     from tqdm import tqdm
-    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
     from checkpoint_phi_engram import all_checkpoints, identity_of, last_checkpoint, write_checkpoint
-    from corpus_phi_engram import Corpus, Skipped, batch_at, documents, prepare_corpus, standard_library, text_files
+    from corpus_phi_engram import Corpus, batch_at, prepare_corpus
     from load_phi_engram import (
-        CHAT_TEMPLATE,
         SpanishParser,
         UserError,
         about_memory,
         add_memory_options,
         discard,
-        load_phi_1_with_engram,
         open_model,
         run_script,
         spanish,
         sweep,
-        whole_folder,
     )
     from phi1_engram import unpack
     from plan_phi_engram import check, from_args, plan
@@ -109,17 +103,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
 PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8)
-# A small model trained from scratch takes, and needs, far higher rates.
-DEMO_RECIPE = Recipe(
-    1e-3, memory_rates=(2.5e-3, 2.5e-3), table_rates=(2e-2, 2e-2), batch=16, length=256, steps=(40, 80)
-)
 PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
-DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 480, 2e-3, (1e-3, 2e-3, 4e-3)
-DEMO_SHAPE = dict(
-    vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    max_position_embeddings=1024,
-)  # fmt: skip
-DEMO_ENGRAM = dict(layer_ids=[1, 2], engram_vocab_size=[20000, 20000], n_embed_per_ngram=128, n_head_per_ngram=8)
 
 
 # ---------- Optimiser, one step, evaluation ----------
@@ -511,105 +495,6 @@ def train_model(
     return outcome
 
 
-# ---------- Demo: a small Phi from scratch, then memory against no memory ----------
-
-def demo_tokenizer(files: list[Path], vocab_size: int):
-    """Byte-level BPE trained on `files`, with <|endoftext|> as stop token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator((piece.text for piece in documents(files, Skipped())), trainer)
-    end = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def train_plain(model, corpus, recipe, rate, *, steps, offset, label) -> dict:
-    """Train a Phi without memory, in place, with the same loop, and measure it."""
-    accelerator = make_accelerator()
-    set_seed(recipe.seed)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, rate, 0, 0, recipe.weight_decay))
-    with stop_requests() as stop:
-
-        def on_step(*_):
-            if stop:
-                raise KeyboardInterrupt
-
-        seconds = run_steps(
-            accelerator, model, optimizer, corpus, recipe, steps=steps, label=label, offset=offset, on_step=on_step
-        )
-    measured = evaluate(model, corpus, recipe, accelerator.device)
-    accelerator.free_memory()
-    return dict(**measured, seconds=seconds, tokens_per_second=recipe.tokens_per_step * steps / seconds)
-
-
-def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: int = DEMO_BASE_STEPS) -> list[dict]:
-    """Small Phi from scratch on the standard library; then Engram in two phases against the same Phi without memory.
-
-    Both go on from the same base, on the same tokens in the same order; the control at the best of three rates.
-    Returns the rows of the table printed.
-    """
-    output = Path(output)
-    control_output = output.with_name(output.name + "-control")
-    further = sum(recipe.steps)
-    print("Demostración sin Hub: entreno un Phi pequeño con la biblioteca estándar de Python, le injerto la memoria")
-    print("y lo comparo con el mismo Phi sin memoria. Unos 15 minutos con dos núcleos.\n")
-    started = time.perf_counter()
-    tokenizer = demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"])
-    corpus = prepare_corpus(tokenizer, length=recipe.length, seed=recipe.seed)
-    print(corpus.describe())
-    with tempfile.TemporaryDirectory() as scratch:
-        set_seed(recipe.seed)
-        end = tokenizer.eos_token_id
-        base = PhiForCausalLM(PhiConfig(**DEMO_SHAPE, bos_token_id=end, eos_token_id=end))
-        results = [
-            dict(
-                name="Phi de partida",
-                **train_plain(base, corpus, recipe, DEMO_BASE_RATE, steps=base_steps, offset=0, label="Phi de partida"),
-            )
-        ]
-        print(result_line(results[-1]))
-        base.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        # A new order, the same for control and memory.
-        rest = replace(recipe, seed=recipe.seed + 1)
-        best = None
-        for rate in DEMO_CONTROL_RATES:
-            control = PhiForCausalLM.from_pretrained(scratch)
-            label = f"Control (tasa {rate:g})".replace(".", ",")
-            row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
-            print(result_line(row))
-            if best is None or row["loss"] < best["loss"]:
-                best = row
-                with whole_folder(control_output) as folder:
-                    control.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
-            results.append(row)
-        shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
-        model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
-        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9)
-    results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
-    print(f"\nPérdida en {spanish(len(corpus.held_out))} tokens que ningún modelo ha visto (menos es mejor):\n")
-    print(result_table(results))
-    gain = best["loss"] - results[-1]["loss"]
-    mark, verb = ("✅", "gana") if gain > 0 else ("❌", "pierde")
-    gained = f"{verb} {spanish(abs(gain), 3)} nats por token"
-    print(f"\n{mark} Con los mismos {further} pasos más, la memoria {gained} frente al mejor control.")
-    seconds = time.perf_counter() - started
-    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {spanish(seconds)} s.")
-    print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
-    return results
-
-
 # ---------- Command line ----------
 
 def parse(argv):
@@ -711,6 +596,8 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()  # its bars are English
     transformers.logging.set_verbosity_error()
     if args.demo:
+        from demo_phi_engram import demo  # it stands on this module
+
         try:
             demo()
         except KeyboardInterrupt:

@@ -107,7 +107,7 @@ def main():
         tokenizer_folder = args.modelo
         if tokenizer_folder is None:
             from corpus_phi_engram import standard_library, text_files
-            from train_phi_engram import DEMO_SHAPE, demo_tokenizer
+            from demo_phi_engram import DEMO_SHAPE, demo_tokenizer
 
             tokenizer_folder = folder / "tokenizer"
             demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"]).save_pretrained(tokenizer_folder)

@@ -24,6 +24,7 @@ import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import corpus_phi_engram as corpora  # noqa: E402
+import demo_phi_engram as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 
 # Where a kill may fall: what is being done, and the function that does it.
@@ -53,8 +54,8 @@ def make_model(folder):
     (folder / "texto").mkdir()
     for number, path in enumerate(files):
         shutil.copyfile(path, folder / "texto" / f"m{number:03d}.py")
-    tokenizer = train.demo_tokenizer(files, 600)
-    shape = dict(train.DEMO_SHAPE, vocab_size=600, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    tokenizer = demo.demo_tokenizer(files, 600)
+    shape = dict(demo.DEMO_SHAPE, vocab_size=600, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     end = tokenizer.eos_token_id
     PhiForCausalLM(PhiConfig(**shape, bos_token_id=end, eos_token_id=end)).save_pretrained(folder / "phi")
     tokenizer.save_pretrained(folder / "phi")

@@ -18,6 +18,7 @@ from pathlib import Path
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import demo_phi_engram as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 from load_phi_engram import (  # noqa: E402
     SpanishParser,
@@ -35,13 +36,13 @@ TOKENS = 3_000_000  # of each package, at most
 
 
 def loss(model, corpus) -> float:
-    return train.evaluate(model, corpus, train.DEMO_RECIPE, model.device)["loss"]
+    return train.evaluate(model, corpus, demo.DEMO_RECIPE, model.device)["loss"]
 
 
 def precisions(name, work) -> dict:
     """{precision: {"loss", "bytes"}} of the same memory."""
     model, tokenizer = open_model(name)
-    corpus = train.prepare_corpus(tokenizer, length=train.DEMO_RECIPE.length)
+    corpus = train.prepare_corpus(tokenizer, length=demo.DEMO_RECIPE.length)
     rows = {}
     print(f"\n| filas de {name} | pérdida apartada | diferencia | ocupan |\n| --- | --- | --- | --- |")
     for precision in PRECISIONS:
@@ -59,9 +60,9 @@ def precisions(name, work) -> dict:
 def swapped(name, work, steps: int) -> dict:
     """{memory: {package: loss}} on one backbone that phase 1 left as it was."""
     corpora, folders = {}, {}
-    recipe = replace(train.DEMO_RECIPE, steps=(steps, 0))
+    recipe = replace(demo.DEMO_RECIPE, steps=(steps, 0))
     for package in PACKAGES:
-        model, tokenizer = load_phi_1_with_engram(name, **train.DEMO_ENGRAM)
+        model, tokenizer = load_phi_1_with_engram(name, **demo.DEMO_ENGRAM)
         source = Path(importlib.util.find_spec(package).origin).parent
         corpora[package] = train.prepare_corpus(tokenizer, source, length=recipe.length, max_tokens=TOKENS)
         print(f"\n{corpora[package].describe()}")

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from demo_phi_engram import DEMO_SHAPE  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
 from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
-from train_phi_engram import DEMO_SHAPE, PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
+from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
 
 FOREIGN = dict(engram_tokenizer_compression=False, eos_token_id=0)
 WIDE = dict(

@@ -21,18 +21,11 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import AutocastKwargs  # noqa: E402
 
 from corpus_phi_engram import prepare_corpus, standard_library, text_files  # noqa: E402
+from demo_phi_engram import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
-from train_phi_engram import (  # noqa: E402
-    DEMO_RECIPE,
-    DEMO_SHAPE,
-    demo_tokenizer,
-    evaluate,
-    make_optimizer,
-    run_steps,
-    set_seed,
-)
+from train_phi_engram import evaluate, make_optimizer, run_steps, set_seed  # noqa: E402
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 MEMORY = dict(engram_layer_ids=[1, 2], engram_vocab_size=[5000] * 2, n_embed_per_ngram=64, n_head_per_ngram=4)

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import demo_phi_engram as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 from corpus_phi_engram import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files  # noqa: E402
 from load_phi_engram import (  # noqa: E402
@@ -46,7 +47,7 @@ from rows_phi_engram import TrainedTables  # noqa: E402
 RESULTS = Path(__file__).with_name("study_results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
 # The same 16 blocks a step as in one micro-batch, in four: it stays in a small processor's cache.
-RECIPE = replace(train.DEMO_RECIPE, batch=4, accumulate=4)
+RECIPE = replace(demo.DEMO_RECIPE, batch=4, accumulate=4)
 BASE_STEPS = 1200
 # Steps of both phases: a tenth of them with Phi frozen, which lost less than a third did.
 SHORT, LONG = (20, 180), (40, 360)
@@ -262,13 +263,13 @@ def base_folder() -> Path:
     """The folder of the Phi from which every row goes on, trained from scratch the first time."""
     folder = CACHE / "base"
     if not folder.exists():
-        tokenizer = train.demo_tokenizer(text_files(standard_library()), train.DEMO_SHAPE["vocab_size"])
+        tokenizer = demo.demo_tokenizer(text_files(standard_library()), demo.DEMO_SHAPE["vocab_size"])
         corpus = as_corpus("stdlib", *files_of("stdlib", tokenizer))
         set_seed(0)
         end = tokenizer.eos_token_id
-        base = PhiForCausalLM(PhiConfig(**train.DEMO_SHAPE, bos_token_id=end, eos_token_id=end))
-        row = train.train_plain(
-            base, corpus, RECIPE, train.DEMO_BASE_RATE, steps=BASE_STEPS, offset=0, label="Phi de partida"
+        base = PhiForCausalLM(PhiConfig(**demo.DEMO_SHAPE, bos_token_id=end, eos_token_id=end))
+        row = demo.train_plain(
+            base, corpus, RECIPE, demo.DEMO_BASE_RATE, steps=BASE_STEPS, offset=0, label="Phi de partida"
         )
         with whole_folder(folder) as temporary:
             base.save_pretrained(temporary)
@@ -389,7 +390,7 @@ def begin_rows(model, begin: str, corpus, recipe):
 def grafted(config=None, without=None, begin="zero", seed=0, corpus=None, recipe=RECIPE):
     """The base with an untrained memory, whatever its rows begin with: still the same Phi."""
     set_seed(seed)
-    model, tokenizer = load_phi_1_with_engram(base_folder(), **{**train.DEMO_ENGRAM, **(config or {})})
+    model, tokenizer = load_phi_1_with_engram(base_folder(), **{**demo.DEMO_ENGRAM, **(config or {})})
     for layer in model.config.engram_layer_ids:
         engram = model.model.layers[layer].engram
         if without == "gate":
@@ -410,7 +411,7 @@ def base_row() -> dict:
     model = PhiForCausalLM.from_pretrained(base_folder())
     loss = train.evaluate(model, corpus, RECIPE, "cpu")["loss"]
     tokens = BASE_STEPS * RECIPE.tokens_per_step
-    return dict(loss=loss, steps=BASE_STEPS, tokens=tokens, seconds=trained["seconds"], rate=train.DEMO_BASE_RATE)
+    return dict(loss=loss, steps=BASE_STEPS, tokens=tokens, seconds=trained["seconds"], rate=demo.DEMO_BASE_RATE)
 
 
 def control_row(seed: int, steps: int | None = None, rate: float | None = None) -> dict:
@@ -422,7 +423,7 @@ def control_row(seed: int, steps: int | None = None, rate: float | None = None) 
     rate = rate or best_rate("control-largo-")
     recipe = replace(RECIPE, seed=seed + 1)
     model = PhiForCausalLM.from_pretrained(base_folder())
-    row = train.train_plain(model, corpus, recipe, rate, steps=steps, offset=0, label="control")
+    row = demo.train_plain(model, corpus, recipe, rate, steps=steps, offset=0, label="control")
     tokens = steps * recipe.tokens_per_step
     return dict(loss=row["loss"], steps=steps, rate=rate, tokens=tokens, seconds=row["seconds"])
 
@@ -493,7 +494,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
         elif method == "ancho":
             widen(model, size)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row = train.train_plain(model, new, recipe, rate, steps=steps, offset=0, label=method)
+        row = demo.train_plain(model, new, recipe, rate, steps=steps, offset=0, label=method)
     forgotten = train.evaluate(model, old, recipe, "cpu")["loss"]
     tokens = steps * recipe.tokens_per_step
     return dict(

@@ -18,7 +18,7 @@ def small(monkeypatch, phi_folder):
     monkeypatch.setattr(study, "base_folder", lambda: phi_folder)
     monkeypatch.setattr(study, "WARM_BLOCKS", 8)
     shape = dict(layer_ids=[1], engram_vocab_size=[211, 211], n_embed_per_ngram=16, n_head_per_ngram=4)
-    monkeypatch.setattr(study.train, "DEMO_ENGRAM", shape | dict(engram_tokenizer_compression=False))
+    monkeypatch.setattr(study.demo, "DEMO_ENGRAM", shape | dict(engram_tokenizer_compression=False))
     return phi_folder
 
 

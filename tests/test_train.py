@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import corpus_phi_engram as corpora
+import demo_phi_engram as demo
 import helpers
 import share_phi_engram as share
 import train_phi_engram as train
@@ -307,15 +308,15 @@ def test_key_is_found_in_kaggles_secrets(monkeypatch):
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
     library = [path for path in corpora.text_files(corpora.standard_library()) if path.name < "c"][:10]
-    for module in (train, corpora):
+    for module in (demo, corpora):
         monkeypatch.setattr(module, "text_files", lambda *_: library)
-    monkeypatch.setattr(train, "DEMO_SHAPE", {**train.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
-    monkeypatch.setattr(train, "DEMO_ENGRAM", {**train.DEMO_ENGRAM, "engram_vocab_size": [300, 300]})
-    recipe = replace(train.DEMO_RECIPE, batch=2, length=64, steps=(3, 3))
-    results = train.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
+    monkeypatch.setattr(demo, "DEMO_SHAPE", {**demo.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
+    monkeypatch.setattr(demo, "DEMO_ENGRAM", {**demo.DEMO_ENGRAM, "engram_vocab_size": [300, 300]})
+    recipe = replace(demo.DEMO_RECIPE, batch=2, length=64, steps=(3, 3))
+    results = demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
     out = capsys.readouterr().out
     assert "15 minutos" in out and "| Phi de partida |" in out and "Control (tasa" in out
-    assert len(results) == 1 + len(train.DEMO_CONTROL_RATES) + 2
+    assert len(results) == 1 + len(demo.DEMO_CONTROL_RATES) + 2
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(tmp_path / "phi1-engram-demo-control").model_type == "phi"
