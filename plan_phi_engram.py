@@ -339,10 +339,13 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     peak = {{"media": "pesos en media precisión"}.get(kind, kind): size for kind, size in peak.items()}
     back = {**lasting, **peak, "filas del lote": 2 * sum(read)}
     update = {**lasting, "paso del optimizador": max(passing / share, 2 * sum(read) + 5 * max(read))}
-    if share > 1:  # whole for a moment: both ends, two layers, and twice the largest gradient, on its way
-        ends = [4 * size for name, size in numel.items() if name.startswith(("model.embed_tokens", "lm_head"))]
+    if share > 1:  # whole for a moment, as accelerate 1.15 groups them: the output matrix, or one layer
+        head = max(4 * size for name, size in numel.items() if name.startswith(("model.embed_tokens", "lm_head")))
         layer = 4 * sum(size for name, size in numel.items() if ".layers." in name) / config.num_hidden_layers
-        back["pesos reunidos"] = sum(ends) + 2 * layer + 2 * max(*ends, layer)
+        logits = peak["logits"]  # three of them at the peak
+        # On its way: a part, what arrives, the copy in use; and in backward its gradient, if that peak is not this one.
+        moving = 2.5 + (phase == 2 and logits > 0)
+        back["pesos reunidos"] = layer + max(head, 2 * head - logits / 3, moving * head - logits)
     computing = max((back, update), key=lambda items: sum(items.values()))
     part = machine.cards if choice.shard else 1
     stored = {"tablas": rows / part, "estado de las tablas": row_states / part}
@@ -405,22 +408,24 @@ def flops_per_token(config, choice, phase: int) -> float:
 def search(config, choice: Choice, machine: Machine) -> Choice | None:
     """The most comfortable choice that fits, from `choice` on: what costs least in time and quality is given up first.
 
-    Order: smaller batches, recomputing, tables in RAM, one number of state per row, Adafactor, shorter blocks; and
-    last the tokens per step, which stay the same until then.
+    Order: smaller batches, recomputing, tables in RAM, the model in parts where several processes train it, one number
+    of state per row, Adafactor, shorter blocks; and last the tokens per step, which stay the same until then.
     """
     per_step = dict.fromkeys([choice.tokens * choice.accumulate, 0])  # 0: as many as one batch has
     lengths = [choice.length] + [n for n in (1024, 512, SHORTEST) if n < choice.length]
     batches = [choice.batch] + [n for n in (16, 8, 4, 2, 1) if n < choice.batch]
     places = [choice.place] + ["ram"] * (machine.gpu > 0 and choice.place == "auto")
     row_states, optimizers = dict.fromkeys([choice.row_state, "fila"]), dict.fromkeys([choice.optimizer, "adafactor"])
-    recompute = dict.fromkeys([choice.recompute, True])
-    for total, length, optimizer, row_state, place, again, batch in product(
-        per_step, lengths, optimizers, row_states, places, recompute, batches
+    recompute, parts = dict.fromkeys([choice.recompute, True]), dict.fromkeys([choice.shard_model, machine.cards > 1])
+    for total, length, optimizer, row_state, part, place, again, batch in product(
+        per_step, lengths, optimizers, row_states, parts, places, recompute, batches
     ):
+        if part and optimizer != "adamw":  # torch's others do not take weights in parts
+            continue
         accumulate = max(1, round(total / (batch * length)))
         tried = replace(
             choice, length=length, optimizer=optimizer, row_state=row_state, place=place, recompute=again, batch=batch,
-            accumulate=accumulate,
+            accumulate=accumulate, shard_model=part,
         )  # fmt: skip
         if fits(config, tried, machine):
             return tried
@@ -560,7 +565,7 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
             f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
         ]
     if machine.cards > 1 and machine.gpu:
-        what = "una parte del modelo" if choice.shard_model else "el modelo entero"
+        what = "una parte del modelo" if chosen.shard_model else "el modelo entero"
         lines.append(f"Cada tarjeta guarda {what} y lee sus propios bloques.")
     if machine.scratch:
         lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")

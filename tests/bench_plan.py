@@ -1,6 +1,7 @@
-"""The plan of memory against what real training steps take, each in a process of its own.
+"""The plan of memory against what real training steps take, each in a process of its own
+(a model in parts: in two, of which one is measured).
 
-    python tests/bench_plan.py                 # about five minutes with one thread
+    python tests/bench_plan.py                 # about fifteen minutes with one thread, and 15 GB for Phi-1
     python tests/bench_plan.py --solo demo     # only the shapes that have this in their name
 
 Measured is the highest resident memory (VmHWM) of three steps less what the same process held before the model was
@@ -10,6 +11,7 @@ that is freed goes back to the system at once, as where memory is scarce; `--res
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from demo_phi_engram import DEMO_SHAPE  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
 from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
+from processes_phi_engram import leave_processes  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
 from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
 
@@ -39,7 +42,10 @@ DEMO = dict(
     DEMO_SHAPE, engram_layer_ids=[1, 2], engram_vocab_size=[20000] * 2, n_embed_per_ngram=128, n_head_per_ngram=8,
     **FOREIGN,
 )
+PHI = dict(FOREIGN)  # Phi-1 itself and the default memory, from random weights
 STEPS = 3
+TOGETHER = 2  # processes of a model in parts
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CASES = [  # name, shape, phase, what differs from Choice
     ("512 × 8", WIDE, 1, dict(batch=4, length=256)),
     ("512 × 8", WIDE, 2, dict(batch=4, length=256)),
@@ -54,6 +60,11 @@ CASES = [  # name, shape, phase, what differs from Choice
     ("demo", DEMO, 2, dict(batch=4, length=1024, optimizer="adafactor")),
     ("demo", DEMO, 2, dict(batch=4, length=256, optimizer="muon")),
     ("512 × 8", WIDE, 2, dict(batch=1, length=256, optimizer="adamw8bit")),
+    ("512 × 8 en partes", WIDE, 1, dict(batch=2, length=256, shard_model=True)),
+    ("512 × 8 en partes", WIDE, 2, dict(batch=2, length=256, shard_model=True)),
+    ("512 × 8 en partes", WIDE, 2, dict(batch=2, length=512, recompute=True, shard_model=True)),
+    ("Phi-1", PHI, 1, dict(batch=1, length=512)),
+    ("Phi-1", PHI, 2, dict(batch=1, length=512, recompute=True, optimizer="adafactor", row_state="fila")),
 ]
 
 
@@ -68,15 +79,16 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
     recipe = replace(
         PHI_1_RECIPE, batch=choice.batch, length=choice.length, accumulate=choice.accumulate,
         optimizer=choice.optimizer, row_state=choice.row_state, recompute=choice.recompute,
+        processes=WORLD, shard_model=choice.shard_model,
     )  # fmt: skip
     if recipe.recompute:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(phase == 2 or "engram" in name)
-    accelerator = make_accelerator()
-    tokens = np.random.default_rng(0).integers(0, fields["vocab_size"], (steps + 1) * recipe.tokens_per_step)
-    with TrainedTables(model, recipe.row_state) as tables:
+    accelerator = make_accelerator(choice.shard_model)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (steps + 1) * recipe.tokens_per_step)
+    with TrainedTables(model, recipe.row_state, WORLD) as tables:
         for part in tables.parts.values():
             for tensor in (part.weight, part.first, part.second):
                 if tensor is not None:
@@ -113,7 +125,10 @@ def main(argv=None):
     parser.add_argument("--reservado", action="store_true", help="con la reserva de memoria tal como viene")
     args = parser.parse_args(argv)
     if args.uno is not None:
-        print(json.dumps(one(args.uno, not args.reservado)))
+        result = one(args.uno, not args.reservado)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(result))
+        leave_processes()
         return
     started = time.perf_counter()
     print("| forma | fase | lote × longitud | receta | plan | medido | diferencia | del producto de matrices |")
@@ -125,13 +140,17 @@ def main(argv=None):
             print("(adamw8bit: sin medir; pide pip install bitsandbytes)", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            words = [sys.executable, __file__, "--uno", str(number), *["--reservado"] * args.reservado]
+            words = [__file__, "--uno", str(number), *["--reservado"] * args.reservado]
+            if different.get("shard_model"):
+                words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TOGETHER}", *words]
+            words = [sys.executable, *words]
             result = subprocess.run(words, capture_output=True, text=True, cwd=scratch)
         if result.returncode:
             raise RuntimeError(result.stderr[-2000:])
         row = json.loads(result.stdout.splitlines()[-1])
         choice = replace(Choice(accumulate=1), **different)
         words = [choice.optimizer, f"filas {choice.row_state}", *["recalculando"] * choice.recompute]
+        words += [f"en {TOGETHER} procesos"] * choice.shard_model
         words += [f"{choice.accumulate} por paso"] * (choice.accumulate > 1)
         print(
             f"| {name} | {phase} | {choice.batch} × {choice.length} | {', '.join(words)} | "

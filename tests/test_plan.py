@@ -182,3 +182,15 @@ def test_a_model_in_parts_takes_its_part_of_each_card(config):
         assert parts["GPU"][item] == alone["GPU"][item] / 2
     assert parts["disco"] == alone["disco"]
     assert "--repartir-modelo" in command(replace(CHOICE, shard_model=True), two)
+
+
+def test_two_cards_share_the_model_before_they_give_up_adamw():
+    """Phi-1 itself on two T4; where the disk cannot take AdamW's states, they go, and with them the parts."""
+    config, named = PhiEngramConfig(engram_tokenizer_compression=False), planning.MACHINES
+    found = search(config, Choice(), named["t4x2"])
+    assert (found.shard_model, found.optimizer, found.row_state) == (True, "adamw", "adam")
+    found = search(config, Choice(), named["kaggle"])
+    assert (found.shard_model, found.optimizer) == (False, "adafactor")
+    assert not search(config, Choice(), named["colab"]).shard_model  # nobody to share with
+    # Parts would fit here with Adafactor, which torch cannot train in parts: better nothing than a command that fails.
+    assert search(config, Choice(), replace(named["kaggle"], gpu=10e9)) is None
