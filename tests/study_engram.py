@@ -74,6 +74,7 @@ def study_rows() -> dict[str, dict]:
     for seed in SEEDS[1:]:
         engram(f"engram-s{seed}", LONG, seed, rate=None)
         rows[f"control-s{seed}"] = dict(kind="control", steps=sum(LONG), seed=seed)
+    rows["control-ancho"] = dict(kind="control", steps=sum(LONG), seed=0, wide=True)
     # Equal wall-clock.
     rows["ritmo"] = dict(kind="pace")
     for seed in SEEDS:
@@ -111,11 +112,23 @@ def study_rows() -> dict[str, dict]:
     engram("con-sesgo", config=dict(engram_bias=True))
     for rate in (1e-3, 2e-3):
         engram(f"muon-{rate:g}", rate=rate, recipe=dict(optimizer="muon"))
+    # The paper's way to train: nothing frozen, Muon, dense Engram weights at Phi's rate and rows at five times it.
+    paper = dict(optimizer="muon", memory_rates=(1e-3, 1e-3), table_rates=(5e-3, 5e-3))
+    engram("articulo", (0, sum(SHORT)), recipe=paper)
+    for name in SEVERAL_SEEDS:
+        for seed in SEEDS[1:]:
+            rows[f"{name}-s{seed}"] = dict(rows[name], seed=seed)
     return rows
 
 
+# Rows of what matters that are worth more than one seed.
+SEVERAL_SEEDS = ("engram-corto", "articulo", "fases-0-200", "sin-compresion", "sin-puerta", "sin-conv", "muon-0.001")
+
+
 # What is trained in a new domain, and the rates tried on seed 0 (for the memory: factors of the demo's).
-METHODS = {"memoria": (1, 0.3, 3), "lora": (3e-3, 1e-2, 3e-2), "ancho": (3e-3, 1e-2, 3e-2), "todo": (1e-3, 2e-3)}
+METHODS = {
+    "memoria": (1, 0.3, 3, 10), "lora": (3e-3, 1e-2, 3e-2), "ancho": (3e-3, 1e-2, 3e-2), "todo": (1e-3, 2e-3, 4e-3),
+}  # fmt: skip
 
 
 def domain_rows(rows, domain):
@@ -319,9 +332,8 @@ def in_use(model) -> int:
 
 
 def widen(model, parameters: int):
-    """Freeze Phi and add so many new MLP weights. Two a column and layer, multiplied once a token each, as dense Engram
-    weights are: equal parameters in use are equal FLOPs."""
-    model.requires_grad_(False)
+    """Add so many new MLP weights. Two a column and layer, multiplied once a token each, as dense Engram weights are:
+    equal parameters in use are equal FLOPs."""
     config = model.config
     columns = round(parameters / config.num_hidden_layers / (2 * config.hidden_size + 1))
     for layer in model.model.layers:
@@ -414,8 +426,11 @@ def base_row() -> dict:
     return dict(loss=loss, steps=BASE_STEPS, tokens=tokens, seconds=trained["seconds"], rate=demo.DEMO_BASE_RATE)
 
 
-def control_row(seed: int, steps: int | None = None, rate: float | None = None) -> dict:
-    """Row of kind "control": the base goes on without memory; by default for as long as Engram's two phases take."""
+def control_row(seed: int, steps: int | None = None, rate: float | None = None, wide: bool = False) -> dict:
+    """Row of kind "control": the base goes on without memory; by default for as long as Engram's two phases take.
+
+    wide: with new MLP units, as many parameters as the memory uses for a token; all of it learns.
+    """
     _, corpus = study_corpus("stdlib")
     if steps is None:
         pace = read_results().get("ritmo") or run_row("ritmo", study_rows()["ritmo"])
@@ -423,6 +438,9 @@ def control_row(seed: int, steps: int | None = None, rate: float | None = None) 
     rate = rate or best_rate("control-largo-")
     recipe = replace(RECIPE, seed=seed + 1)
     model = PhiForCausalLM.from_pretrained(base_folder())
+    if wide:
+        set_seed(seed)
+        widen(model, in_use(grafted(seed=seed)[0]))
     row = demo.train_plain(model, corpus, recipe, rate, steps=steps, offset=0, label="control")
     tokens = steps * recipe.tokens_per_step
     return dict(loss=row["loss"], steps=steps, rate=rate, tokens=tokens, seconds=row["seconds"])
@@ -492,6 +510,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
         if method == "lora":
             add_lora(model, size)
         elif method == "ancho":
+            model.requires_grad_(False)
             widen(model, size)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row = demo.train_plain(model, new, recipe, rate, steps=steps, offset=0, label=method)

@@ -84,19 +84,25 @@ def domain_table(done, domain: str) -> str:
 
 
 def ablation_table(done) -> str:
-    """One seed, 200 steps; against the recipe's own row, and against the best control of as many steps."""
-    reference = done["engram-corto"]
+    """200 steps, seed 0 and those others that are there; each against the recipe's own row of the same seed."""
     lines = []
+
+    def of_row(name):  # {seed: loss}
+        keys = {seed: f"{name}-s{seed}" if seed else name for seed in SEEDS}
+        return {seed: done[key]["loss"] for seed, key in keys.items() if key in done}
+
+    reference = of_row("engram-corto")
     for name, settings in study_rows().items():
-        if name in done and settings["kind"] == "engram" and sum(settings["steps"]) == sum(SHORT):
-            row = done[name]
-            difference = "–" if row is reference else spread([row["loss"] - reference["loss"]])
+        short = settings["kind"] == "engram" and sum(settings["steps"]) == sum(SHORT)
+        if short and name in done and settings["seed"] == 0:
+            row, losses = done[name], of_row(name)
+            apart = [loss - reference[seed] for seed, loss in losses.items() if seed in reference]
             after = spanish(row["after_phases"][0], 3) if settings["steps"][0] and settings["steps"][1] else "–"
             lines.append(
-                f"| {name} | {after} | {spanish(row['loss'], 3)} | {difference} | {spanish(row['slots'])} | "
-                f"{spanish(row['seconds'])} |"
+                f"| {name} | {after} | {len(losses)} | {spread(list(losses.values()))} | "
+                f"{spread(apart) if any(apart) else '–'} | {spanish(row['slots'])} |"
             )
-    return markdown("| fila | tras la fase 1 | pérdida | diferencia | filas de tabla | segundos |", lines)
+    return markdown("| fila | tras la fase 1 | semillas | pérdida | diferencia | filas de tabla |", lines)
 
 
 def tables(done) -> str:
