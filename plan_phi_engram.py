@@ -613,6 +613,7 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
     given = [] if model == "phi1-engram" else [f"--modelo {shlex.quote(model)}"]
     for flag in ("datos", "dataset"):
         given += [f"--{flag} {shlex.quote(getattr(args, flag))}"] if getattr(args, flag) else []
+    given += [f"--receta {args.receta}"] * (args.receta != "phi1")
     given += [f"--salida {shlex.quote(args.salida)}"] * (args.salida != "phi1-engram-trained")
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,

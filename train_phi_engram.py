@@ -103,6 +103,12 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
 PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8)
+RECIPES = {
+    "phi1": PHI_1_RECIPE,
+    # The paper's proportions (§4, appendix A) at the same rate of Phi: Muon, only tables at five times it. Nothing is
+    # frozen.
+    "articulo": replace(PHI_1_RECIPE, memory_rates=(1e-5, 1e-5), table_rates=(5e-5, 5e-5), optimizer="muon"),
+}
 PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
 
 
@@ -515,9 +521,13 @@ def parse(argv):
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
+    parser.add_argument(
+        "--receta", choices=RECIPES, default="phi1",
+        help="phi1 (por defecto), o articulo: la del artículo de Engram, Muon y sin fase 1; sin probar con Phi-1",
+    )  # fmt: skip
     parser.add_argument("--tasas", type=float, default=1.0, help="multiplica todas las tasas (%(default)s)")
     parser.add_argument(
-        "--optimizador", choices=OPTIMIZERS, default="adamw", help="de los pesos densos (%(default)s)"
+        "--optimizador", choices=OPTIMIZERS, help="de los pesos densos (por defecto, adamw; muon en --receta articulo)"
     )
     parser.add_argument(
         "--estado-filas", choices=ROW_STATES, default="adam",
@@ -543,6 +553,9 @@ def parse(argv):
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
     add_memory_options(parser)
     args = parser.parse_args(argv)
+    args.optimizador = args.optimizador or RECIPES[args.receta].optimizer
+    if args.receta == "articulo" and args.pasos_fase1 is None:
+        args.pasos_fase1 = 0
     for name in ("longitud", "lote", "acumular", "guardar_cada", "conservar", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1 + (name == "longitud"):
@@ -639,7 +652,7 @@ def main(argv=None):
     if corpus.skipped:
         print(corpus.skipped.describe())
     recipe = replace(
-        scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
+        scaled(RECIPES[args.receta], args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
@@ -649,7 +662,7 @@ def main(argv=None):
     tokens = spanish(recipe.tokens_per_step)
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
-    print("Las tasas son las publicadas para un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
+    print("Son las tasas de un Phi-1 ya entrenado (--receta); con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,

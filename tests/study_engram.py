@@ -6,7 +6,9 @@
 
 Every row goes on from one base, a Phi of the demo's shape trained from scratch on Python's standard library (made once,
 in ~/.cache/phi-engram/estudio/). Seeds vary the memory's first projections and the order of the further text, never
-the base. Rows are appended to tests/study_results.jsonl: delete a line there to run its row again. On glibc,
+the base. Rows are appended to tests/study_results.jsonl: delete a line there to run its row again. On a processor of
+another kind the tokenizer orders its ties differently, and the base is another: its rows go to a file of their own
+(--resultados), and are compared with one another. On glibc,
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in front saves a fifth of the time.
 """
 
@@ -263,8 +265,8 @@ def study_corpus(domain: str):
     row = run_row(f"corpus-{domain}", dict(kind="corpus", domain=domain))
     if row["digest"] != digest:
         raise UserError(
-            f"El texto de {domain} no es el de los resultados que ya hay en {RESULTS} (¿otra versión de Python o del "
-            "paquete?). Guárdalos con otro nombre y empieza un archivo nuevo."
+            f"El texto de {domain}, en tokens, no es el de los resultados que ya hay en {RESULTS} (¿otra máquina, u "
+            "otra versión de Python o del paquete?). Empieza un archivo nuevo: --resultados OTRO.jsonl"
         )
     kept = {name: file for name, file in held_out.items() if name not in row["left_out"]}
     return tokenizer, as_corpus(domain, training, kept, digest)
@@ -533,13 +535,18 @@ def main(argv=None):
     parser = SpanishParser(description="Estudio: ¿compensa la memoria?", epilog="Ejemplo: --fila engram-s0")
     parser.add_argument("--fila", metavar="NOMBRE", help="una sola fila (sin él, todas las que faltan, en orden)")
     parser.add_argument("--tabla", action="store_true", help="imprime las tablas de lo hecho y termina")
+    parser.add_argument("--resultados", type=Path, help="otro archivo, para un Phi de partida hecho en otra máquina")
     args = parser.parse_args(argv)
+    global RESULTS
+    RESULTS = args.resultados or RESULTS
     rows = study_rows()
     if args.fila and args.fila not in rows:
         raise UserError(f"No hay ninguna fila '{args.fila}'. Las que hay: {', '.join(rows)}.")
     if args.tabla:
         from study_tables import tables
 
+        if "base" not in read_results():
+            raise UserError(f"En {RESULTS} no hay ninguna fila hecha todavía.")
         return print(tables(read_results()))
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
