@@ -57,6 +57,8 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 PHI_1 = "microsoft/phi-1"
+# What transformers calls the cache in calls and outputs: a new name since 5.24. Both are understood here.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config names no stop token
 
 
@@ -848,7 +850,7 @@ class PhiAttention(nn.Module):
             self.q_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
             self.k_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
 
-    def forward(self, hidden, attention, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden, attention, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """[B, T, d] -> [B, T, d], weights or None. `attention` is one of transformers' attention functions."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden).view(shape).transpose(1, 2)  # [B, heads, T, head_dim]
@@ -857,8 +859,8 @@ class PhiAttention(nn.Module):
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling, **kwargs,
@@ -901,18 +903,16 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden, rows=None, real=None, *, attention=None, attention_mask=None, position_embeddings=None,
-        past_key_values=None, **kwargs,
+        cache=None, **kwargs,
     ):  # fmt: skip
         """[B, T, d] -> [B, T, d], attention weights or None.
 
         `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
         """
         if self.engram is not None and rows is not None:
-            hidden = hidden + self.engram(hidden, rows, real, past_key_values)
+            hidden = hidden + self.engram(hidden, rows, real, cache)
         normed = self.input_layernorm(hidden)
-        attended, weights = self.self_attn(
-            normed, attention, position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        attended, weights = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
         computed = self.mlp(normed)
         if self.training:
             attended, computed = self.resid_dropout(attended), self.resid_dropout(computed)
@@ -948,7 +948,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PhiEngramDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -1025,12 +1025,13 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -1039,7 +1040,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
             attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
                 `create_masks_for_generate` prepared.
-            past_key_values: a cache made with `config=model.config`.
+            cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
         Returns:
             `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
             and `attentions`.
@@ -1052,6 +1053,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
                 "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
             )
         config = self.config
+        cache = past_key_values if cache is None else cache
         use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
@@ -1059,19 +1061,19 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         if output_attentions is None:
             output_attentions = config.output_attentions
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # the replay in backward would write the cache a second time
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        if past_key_values is not None and (
-            len(past_key_values.layers) < config.num_hidden_layers
-            or not all(hasattr(past_key_values.layers[i], "conv_states") for i in config.engram_layer_ids)
+            use_cache, cache = False, None  # the replay in backward would write the cache a second time
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        if cache is not None and (
+            len(cache.layers) < config.num_hidden_layers
+            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
         ):
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
             )
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
         if isinstance(attention_mask, dict):
@@ -1079,11 +1081,11 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         else:
             real = real_tokens(attention_mask, hidden.shape[1], past_length)
             causal_mask = create_causal_mask(
-                config=config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
-                position_ids=position_ids,
+                config=config, inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids,
+                **{CACHE: cache},
             )  # fmt: skip
 
-        indices = self._head_indices(input_ids, real, past_key_values) + self.engram_hash.offsets[:, None, None]
+        indices = self._head_indices(input_ids, real, cache) + self.engram_hash.offsets[:, None, None]
         indices = dict(zip(config.engram_layer_ids, indices))
         if self.training and torch.is_grad_enabled():
             for layer_id in indices:
@@ -1101,7 +1103,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
             for layer_id in indices:
                 history = self.layers[layer_id].engram.conv.history
-                with_history(silence, history, past_key_values, layer_id, state_idx=0)
+                with_history(silence, history, cache, layer_id, state_idx=0)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
@@ -1112,17 +1114,16 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
             hidden, weights = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
-                position_embeddings=position_embeddings, past_key_values=past_key_values, position_ids=position_ids,
-                **kwargs,
+                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, **kwargs,
             )  # fmt: skip
             if output_attentions:
                 all_weights.append(weights)
         hidden = self.final_layernorm(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE: cache},
         )
         return output if return_dict else output.to_tuple()
 
@@ -1450,7 +1451,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -1458,6 +1459,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`PhiEngramModel.forward`, plus:
@@ -1470,9 +1472,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             `logits` [B, T, V], and `loss`, nats per token, when labels were given.
         """
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, return_dict=True, **kwargs,
+            output_attentions=output_attentions, return_dict=True, past_key_values=past_key_values, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
@@ -1482,20 +1484,22 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, cache=None, position_ids=None, past_key_values=None, **kwargs
+    ):
         """What `generate` prepares ahead for a static cache: the causal mask, and which new tokens are real."""
         return {
             "full_attention": create_causal_mask(
                 config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                past_key_values=past_key_values, position_ids=position_ids,
+                position_ids=position_ids, **{CACHE: past_key_values if cache is None else cache},
             ),  # fmt: skip
             "engram": real_tokens(attention_mask, inputs_embeds.shape[1], 0),
         }

@@ -42,7 +42,15 @@ try:
         run_script,
         spanish,
     )
-    from phi1_engram import PHI_1, TABLE_FILE, PhiEngramConfig, PhiEngramForCausalLM, TableFile, vocabulary_projection
+    from phi1_engram import (
+        CACHE,
+        PHI_1,
+        TABLE_FILE,
+        PhiEngramConfig,
+        PhiEngramForCausalLM,
+        TableFile,
+        vocabulary_projection,
+    )
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -158,8 +166,8 @@ def check_steps(model, ids):
     for size in (1, 7):
         past, pieces = None, []
         for chunk in ids.split(size, dim=1):
-            output = model(chunk, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = model(chunk, cache=past, use_cache=True)
+            past = output[CACHE]
             pieces.append(output.logits)
         worst = max(worst, difference(whole, torch.cat(pieces, dim=1)))
     return worst, rounding(whole)
@@ -194,9 +202,9 @@ def check_padding(model, ids):
     for start, stop in [(0, n - 4), *((k, k + 1) for k in range(n - 4, n))]:
         output = model(
             batch[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
-            past_key_values=past, use_cache=True,
+            cache=past, use_cache=True,
         )  # fmt: skip
-        past = output.past_key_values
+        past = output[CACHE]
         pieces.append(output.logits)
     logits = torch.cat(pieces, dim=1)
     alone = [model(row[None], use_cache=False).logits[0] for row in rows]

@@ -29,6 +29,7 @@ from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_phi_engram import SpanishParser, gigabytes, run_script, spanish  # noqa: E402
 from phi1_engram import (  # noqa: E402
+    CACHE,
     TABLE_FILE,
     EngramHash,
     EngramTable,
@@ -156,10 +157,10 @@ def decode(model, batch: int, tokens: int = DECODED) -> float:
     """Per token, after a prompt of 64: the next token is drawn at random, so that rows are new ones."""
     cache = DynamicCache(config=model.config)
     ids = torch.randint(0, model.config.vocab_size, (batch, 64 + tokens))
-    model(ids[:, :64], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :64], **{CACHE: cache}, logits_to_keep=1)
     start = time.perf_counter()
     for i in range(64, 64 + tokens):
-        model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1:].argmax(-1)
+        model(ids[:, i : i + 1], **{CACHE: cache}).logits[:, -1:].argmax(-1)
     return (time.perf_counter() - start) / tokens
 
 

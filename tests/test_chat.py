@@ -22,6 +22,7 @@ import torch
 import chat_phi_engram as chat_script
 from chat_phi_engram import CHAT_TEMPLATE, Chat, run_chat
 from load_phi_engram import run_script
+from phi1_engram import CACHE
 from verify_phi_engram import tokenizer_on_the_spot
 
 SCRIPT = Path(chat_script.__file__)
@@ -63,7 +64,7 @@ def says(monkeypatch, model, tokenizer):
         @functools.wraps(forward)
         def forced(*args, **kwargs):
             output = forward(*args, **kwargs)
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if cache.get_seq_length() == kwargs["input_ids"].shape[1]:  # the prompt
                 steps.append(0)
             output.logits.fill_(-100)

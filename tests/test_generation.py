@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 import helpers
 import phi1_engram
+from phi1_engram import CACHE
 
 ATOL = 1e-4
 BOTH = pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -45,6 +46,7 @@ def feed(model, ids, cache, sizes, mask=None):
     while start < ids.shape[1]:
         end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), ids.shape[1])
         kw = {} if mask is None else {"attention_mask": mask[:, :end]}
+        # The name of the argument up to transformers 5.23; the others here have its newest.
         logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **kw).logits)
         start = end
     return torch.cat(logits, dim=1)
@@ -132,7 +134,7 @@ def test_sampling_beams_and_several_sequences(make_model, kw, cache):
     kw = dict(attention_mask=mask, max_new_tokens=12, pad_token_id=0, **kw)
     torch.manual_seed(5)
     expected = generate(model, ids, use_cache=False, **kw)
-    assert expected.past_key_values is None
+    assert expected.get(CACHE) is None
     torch.manual_seed(5)
     output = generate(model, ids, **cache, **kw)
     assert torch.equal(output.sequences, expected.sequences)
@@ -280,7 +282,7 @@ def test_a_cache_kept_over_turns_of_a_chat(make_model, attn, cache_kind):
     for turn, length in enumerate((9, 1, 4)):
         ids = torch.cat([ids, helpers.random_ids(model, 1, length, seed=turn)], dim=1)
         expected, logits = reference_greedy(model, ids, 7)
-        output = generate(model, ids, max_new_tokens=7, past_key_values=cache)
+        output = generate(model, ids, max_new_tokens=7, **{CACHE: cache})
         assert torch.equal(output.sequences, expected)
         assert_close(torch.stack(output.logits, dim=1), logits)
         ids = output.sequences
@@ -318,11 +320,11 @@ def test_one_prefix_for_several_continuations(make_model):
     model = make_model()
     prefix = helpers.random_ids(model, 1, 9)
     cache = make_cache(model, "dynamic")
-    model(prefix, past_key_values=cache)
+    model(prefix, **{CACHE: cache})
     for seed in range(3):
         ids = torch.cat([prefix, helpers.random_ids(model, 1, 3, seed=seed)], dim=1)
         expected, _ = reference_greedy(model, ids, 5)
-        output = generate(model, ids, max_new_tokens=5, past_key_values=copy.deepcopy(cache))
+        output = generate(model, ids, max_new_tokens=5, **{CACHE: copy.deepcopy(cache)})
         assert torch.equal(output.sequences, expected)
 
 
@@ -342,7 +344,7 @@ def test_a_cache_that_cannot_hold_the_memory_is_refused(make_model):
     plain = helpers.make_phi().config
     for cache in (DynamicCache(), DynamicCache(config=plain), StaticCache(config=plain, max_cache_len=9)):
         with pytest.raises(ValueError, match=r"Esta caché no puede guardar.* DynamicCache\(config=model.config\)"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
 
 
 def test_the_state_is_in_the_cache_and_nowhere_else(make_model):
@@ -353,7 +355,7 @@ def test_the_state_is_in_the_cache_and_nowhere_else(make_model):
     logits = [[], []]
     for step in range(8):
         for i in (0, 1):
-            logits[i].append(model(ids[i][:, step : step + 1], past_key_values=caches[i]).logits)
+            logits[i].append(model(ids[i][:, step : step + 1], **{CACHE: caches[i]}).logits)
     for i in (0, 1):
         assert_close(torch.cat(logits[i], dim=1), model(ids[i]).logits)
 

@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicCache
 
 import helpers
 import phi1_engram
-from phi1_engram import PhiEngramForCausalLM
+from phi1_engram import CACHE, PhiEngramForCausalLM
 
 SHAPES = {
     "rotary 0.5": dict(partial_rotary_factor=0.5),
@@ -80,8 +80,8 @@ def test_untrained_graft_changes_no_bit(tmp_path, shape, attn):
         ids, _, _ = padded_batch(model, "none")
         ours, theirs = DynamicCache(config=model.config), DynamicCache(config=phi.config)
         for step in (ids[:, :7], ids[:, 7:8], ids[:, 8:9]):
-            expected = phi(step, past_key_values=theirs).logits
-            assert torch.equal(model(step, past_key_values=ours).logits, expected)
+            expected = phi(step, **{CACHE: theirs}).logits
+            assert torch.equal(model(step, **{CACHE: ours}).logits, expected)
 
 
 def test_graft_on_a_published_style_folder(phi_folder, tokenizer):
@@ -128,7 +128,7 @@ def test_a_prepared_mask_says_what_is_padding(make_model, kind, attn):
         cache, steps = DynamicCache(config=model.config), []
         for start, end in ((0, 7), (7, 8), (8, 12)):
             part = prepared[:, :, start:end, :end]
-            steps.append(model(ids[:, start:end], attention_mask=part, past_key_values=cache).logits)
+            steps.append(model(ids[:, start:end], attention_mask=part, **{CACHE: cache}).logits)
         torch.testing.assert_close(torch.cat(steps, dim=1)[real], expected[real], rtol=0, atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, monkeypatch
     assert len(calls) == 8  # it does recompute
     assert torch.equal(loss, again)
     # A cache would be written a second time by the recomputation, so none is made.
-    assert model(ids, attention_mask=mask, use_cache=True).past_key_values is None
+    assert model(ids, attention_mask=mask, use_cache=True).get(CACHE) is None
     assert ours.keys() == expected.keys() and any("engram_tables" in name for name in ours)
     for name in expected:
         assert expected[name].any(), name
