@@ -16,7 +16,7 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from corpus_phi_engram import Skipped, documents, prepare_corpus, standard_library, text_files
 from load_phi_engram import CHAT_TEMPLATE, load_phi_1_with_engram, spanish, whole_folder
-from processes_phi_engram import make_accelerator
+from processes_phi_engram import make_accelerator, prepare
 from share_phi_engram import result_line, result_table
 from train_phi_engram import Recipe, evaluate, make_optimizer, run_steps, stop_requests, train_model
 
@@ -54,7 +54,7 @@ def train_plain(model, corpus, recipe, rate, *, steps, offset, label) -> dict:
     """Train a Phi without memory, in place, with the same loop, and measure it."""
     accelerator = make_accelerator()
     set_seed(recipe.seed)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, rate, 0, 0, recipe.weight_decay))
+    model, optimizer = prepare(accelerator, model, make_optimizer(model, rate, 0, 0, recipe.weight_decay))
     with stop_requests() as stop:
 
         def on_step(*_):

@@ -272,8 +272,7 @@ def whole_folder(path):
     except UserError:
         raise
     except Exception as error:
-        # Writers in C++ and Rust report a full disk with errors of their own.
-        if not _no_space(error) and shutil.disk_usage(path.parent).free > 2**20:
+        if not no_space(error) and shutil.disk_usage(path.parent).free > 2**20:
             raise
         raise UserError(
             f"No queda espacio en el disco para escribir {path}. No se ha guardado nada a medias y lo que ya había "
@@ -285,7 +284,8 @@ def whole_folder(path):
         _unlock(handle)
 
 
-def _no_space(error):
+def no_space(error) -> bool:
+    """Whether this is a full disk, which writers in C++ and Rust report with errors of their own."""
     return getattr(error, "errno", None) in NO_SPACE or any(f"os error {code})" in str(error) for code in NO_SPACE)
 
 
@@ -352,7 +352,7 @@ def _explanation(error, name):
     hub = huggingface_hub.constants
     status = getattr(getattr(found(hub_errors.HfHubHTTPError), "response", None), "status_code", None)
     token = "export HF_TOKEN=hf_… (se crea en https://huggingface.co/settings/tokens)"
-    if any(map(_no_space, chain)):
+    if any(map(no_space, chain)):
         return (
             f"No queda espacio en el disco para descargar «{name}» en {hub.HF_HUB_CACHE}. Libera espacio o elige "
             "otro sitio: export HF_HOME=/otra/carpeta"

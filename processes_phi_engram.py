@@ -7,14 +7,13 @@ Rows of the tables are not of this room: `rows_phi_engram.py` trains, exchanges 
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
-import gc
 import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -41,14 +40,11 @@ def make_accelerator(shard=False, **options) -> Accelerator:
     precision = "no"
     if torch.cuda.is_available():
         precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    # Buffers are constants: nothing to send to the other processes before each pass.
-    constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate has no other name yet
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process tokenises or saves
     # Without a card accelerate joins processes only when it is told that they are to use the CPU.
     cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
     # Every weight is used once a pass: kept copies of them in half precision would only fill the card.
-    handlers = [constant, patient, AutocastKwargs(cache_enabled=False)]
+    handlers = [patient, AutocastKwargs(cache_enabled=False)]
     plugin = None
     if shard:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -75,10 +71,37 @@ def make_accelerator(shard=False, **options) -> Accelerator:
     return accelerator
 
 
+def prepare(accelerator, model, optimizer):
+    """accelerate's own `prepare`, without DDP, whose buckets would hold a gradient a second time beside the sum over
+    micro-batches: `average_gradients` does its work once a step, in place."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return accelerator.prepare(model, optimizer)
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter.detach(), 0)
+    return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+
+
+@torch.no_grad()
+def average_gradients(parameters):
+    """The mean over processes of whole gradients, in place; FSDP has averaged those in parts."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    for parameter in parameters if world > 1 else ():
+        if parameter.grad is not None and not in_parts(parameter):
+            torch.distributed.all_reduce(parameter.grad.div_(world))
+
+
+def in_any_process(flag: bool, device) -> bool:
+    """Whether it is true in one of the processes; all have to ask."""
+    if not torch.distributed.is_initialized():
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.item() > 0
+
+
 def leave_processes():
-    """At exit, leave the group of processes last: a model wrapped by DDP that outlived it would destroy it itself, and
-    wait, holding Python's lock, for gloo's threads, which may want that lock to let go of a tensor."""
-    gc.collect()
+    """At exit: a group that is still there would be torn down by the interpreter, in an order of its own."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

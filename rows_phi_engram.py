@@ -43,16 +43,17 @@ class TrainedTable:
         row_state: "adam" keeps two float32 per value, as torch.optim.SparseAdam does; "fila" keeps one float32 per row,
             the running mean of its squared gradients, and no momentum.
         shards: (rank, number of processes) when every process keeps a part of the rows; None when all keep all.
+        device: where the model computes, and the rows too unless they stay in host memory; by default where they are.
     """
 
-    def __init__(self, table, row_state: str, shards: tuple[int, int] | None, writer: ThreadPoolExecutor):
-        self.table, self.row_state, self.writer = table, row_state, writer
+    def __init__(self, table, row_state: str, shards: tuple[int, int] | None, writer: ThreadPoolExecutor, device=None):
         weight = table.weight.detach()
+        self.table, self.row_state, self.writer, self.device = table, row_state, writer, device or weight.device
         self.rank, self.world = shards or (0, 1)
         self.share = -(-table.n_rows // self.world)  # rows per process; the last may hold fewer
         if shards:
             weight = weight[self.rank * self.share : (self.rank + 1) * self.share].clone()
-        self.weight = weight
+        self.weight = weight if table.stays else weight.to(self.device)
         width = table.d_head if row_state == "adam" else 1
         self.second = weight.new_zeros(len(weight), width)
         self.first = torch.zeros_like(self.second) if row_state == "adam" else None
@@ -200,19 +201,20 @@ class TrainedTable:
         state = dict(weight=self.weight, second=self.second, steps=torch.tensor(self.steps))
         return state if self.first is None else dict(state, first=self.first)
 
-    def load(self, tensors: dict[str, torch.Tensor]):
+    def load(self, tensor):
+        """What `tensors` gave, from a function of their names: one at a time in memory."""
         for name in ("weight", "second", "first"):
             if getattr(self, name) is not None:
-                getattr(self, name).copy_(tensors[name])
-        self.steps = int(tensors["steps"])
+                getattr(self, name).copy_(tensor(name))
+        self.steps = int(tensor("steps"))
 
     def restart(self):
         """Forget the optimiser's state, as a new phase does."""
         self.wait()
-        self.steps = 0
         for state in (self.second, self.first):
-            if state is not None:
+            if state is not None and self.steps:  # zeros that nobody touched take no memory yet
                 state.zero_()
+        self.steps = 0
 
     def release(self):
         """Give the rows back to the model; rows kept in parts all come to process 0, in host memory."""
@@ -224,7 +226,7 @@ class TrainedTable:
         weight = torch.empty(self.table.n_rows, self.table.d_head, dtype=self.weight.dtype) if self.rank == 0 else None
         step = max(1, CHUNK // (4 * self.table.d_head))
         for first in range(0, self.share, step):
-            rows = self.weight[first : first + step]
+            rows = self.weight[first : first + step].to(self.device)  # NCCL takes nothing from host memory
             rows = F.pad(rows, (0, 0, 0, min(step, self.share - first) - len(rows)))
             parts = [torch.empty_like(rows) for _ in range(self.world)]
             dist.all_gather(parts, rows)
@@ -261,15 +263,16 @@ class TrainedTables:
 
     Args:
         world: processes that train together. shard: each keeps its part of the rows instead of all.
+        device: where the model will compute; only the rows kept go there, never the whole table.
     """
 
-    def __init__(self, model, row_state="adam", world=1, shard=False, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, model, row_state="adam", world=1, shard=False, device=None, betas=(0.9, 0.999), eps=1e-8):
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="filas")
         shards = (dist.get_rank(), world) if shard and world > 1 else None
         self.model, self.world, self.betas, self.eps, self.sent = model, world, betas, eps, 0
         self.sharded = shards is not None
         self.parts = {
-            name: TrainedTable(table, row_state, shards, self.writer)
+            name: TrainedTable(table, row_state, shards, self.writer, device)
             for name, table in model.model.engram_tables.items()
         }
 
@@ -324,6 +327,5 @@ class TrainedTables:
 
     def load(self, folder):
         with safe_open(self.file(folder), "pt") as file:
-            names = list(file.keys())
             for layer, part in self.parts.items():
-                part.load({n.split(".")[1]: file.get_tensor(n) for n in names if n.startswith(f"{layer}.")})
+                part.load(lambda name, layer=layer: file.get_tensor(f"{layer}.{name}"))

@@ -112,8 +112,9 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
 (tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
-{table_rates[1]:g}. Adam, en las tablas solo sobre las filas leídas; {batch} × {accumulate} bloques de {length} tokens
-por paso; decaimiento {weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
+{table_rates[1]:g}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
+{batch} × {accumulate} × {processes} bloques de {length} tokens por paso (lote, acumulados, procesos); decaimiento
+{weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
 
 ## Resultados en el texto apartado
 

@@ -10,6 +10,7 @@ are row-sparse: a step touches the rows that its batch reads.
 """
 
 import atexit
+import errno
 import hashlib
 import importlib.util
 import math
@@ -18,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -38,6 +39,7 @@ try:
         about_memory,
         add_memory_options,
         discard,
+        no_space,
         open_model,
         run_script,
         spanish,
@@ -46,12 +48,15 @@ try:
     from phi1_engram import unpack
     from plan_phi_engram import check, from_args, plan
     from processes_phi_engram import (
+        average_gradients,
         beside_parts,
         gather,
+        in_any_process,
         in_parts,
         leave_processes,
         load_parts,
         make_accelerator,
+        prepare,
         put_apart,
         save_parts,
         whole,
@@ -200,10 +205,15 @@ def clip_gradients(accelerator, optimizer, limit: float) -> float:
     The norm is what it would be with the whole tables' dense gradients.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    inner.collect()
-    accelerator.unscale_gradients(optimizer)
-    rows = [row for _, row in inner.tables.pairs.values()] if inner.tables else []
     dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
+    average_gradients(dense)
+    inner.collect()
+    rows = [row for _, row in inner.tables.pairs.values()] if inner.tables else []
+    if accelerator.scaler is not None and inner.tables and inner.tables.sharded:
+        # Rows that overflow are seen by their keeper alone, and the scalers of all have to skip the same steps.
+        if in_any_process(not all(row.grad.isfinite().all() for row in rows), accelerator.device):
+            dense[0].grad.mul_(math.nan)
+    accelerator.unscale_gradients(optimizer)
     squares = whole(torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2)
     own = sum((p.grad.square().sum() for p in rows), torch.zeros((), device=squares.device))
     if inner.tables and inner.tables.sharded:
@@ -291,14 +301,11 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
         loss = torch.zeros((), device=accelerator.device)
         for micro in range(recipe.accumulate):
             following = batch((offset + step) * recipe.accumulate + micro + 1)
-            last = micro == recipe.accumulate - 1
-            # A model in parts always sums between processes: whole gradients would not fit.
-            with nullcontext() if last or recipe.shard_model else accelerator.no_sync(model):
-                with accelerator.autocast():  # accelerate does not wrap a model in parts in it
-                    part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
-                if tables:  # this batch has its rows: those of the next may come
-                    tables.expect(following)
-                accelerator.backward(part)
+            with accelerator.autocast():  # accelerate does not wrap a model in parts in it
+                part = model(ids, labels=ids, use_cache=False).loss / recipe.accumulate
+            if tables:  # this batch has its rows: those of the next may come
+                tables.expect(following)
+            accelerator.backward(part)
             loss += part.detach()
             ids = following
         finite = math.isfinite(clip_gradients(accelerator, optimizer, recipe.clip))
@@ -392,20 +399,31 @@ def train_model(
 
     def save(**position):
         def write(folder):  # every process writes a part of the folder that the main one has opened
-            folder = broadcast_object_list([str(folder)])[0]
-            if recipe.shard_model:
-                save_parts(model, optimizer.optimizer, accelerator.scaler, folder)
-            else:
-                accelerator.save_state(folder)
-            tables.save(folder)
-            accelerator.wait_for_everyone()
+            folder, failure = broadcast_object_list([str(folder)])[0], None
+            try:
+                if recipe.shard_model:
+                    save_parts(model, optimizer.optimizer, accelerator.scaler, folder)
+                else:
+                    accelerator.save_state(folder)
+                tables.save(folder)
+            except Exception as error:
+                failure = error
+            full = in_any_process(failure is not None and no_space(failure), device)
+            if in_any_process(failure is not None, device):  # what one could not write is of no use to the others
+                words = "another process could not write its part"
+                raise failure or (OSError(errno.ENOSPC, words) if full else RuntimeError(words))
 
-        now = dict(state, **position, identity=identity, data=corpus.describe())
-        if accelerator.is_main_process:
-            write_checkpoint(checkpoints, now, write, keep)
-        else:
-            write(None)
-        accelerator.wait_for_everyone()
+        now, failure = dict(state, **position, identity=identity, data=corpus.describe()), None
+        try:
+            if accelerator.is_main_process:
+                write_checkpoint(checkpoints, now, write, keep)
+            else:
+                write(None)
+        except Exception as error:
+            failure = error
+        if in_any_process(failure is not None, device):
+            # Of a full disk the main process speaks alone: it knows which checkpoint is left.
+            raise failure if failure and (accelerator.is_main_process or not no_space(failure)) else SystemExit(1)
 
     def only_memory(models, weights, folder):
         """In phase 1 the backbone is that of the model to begin with: no need to write gigabytes of it every time."""
@@ -422,11 +440,11 @@ def train_model(
         accelerator.log({f"texto apartado/{word}": results[-1][key] for word, key in measured}, step=done)
 
     accelerator.register_save_state_pre_hook(only_memory)
-    model.to(accelerator.device)  # and the tables, unless they stay in host memory
     if recipe.recompute:
         recompute_activations(model)
-    world = accelerator.num_processes
-    with stop_requests() as stop, TrainedTables(model, recipe.row_state, world, recipe.shard_rows) as tables:
+    world, device = accelerator.num_processes, accelerator.device
+    with stop_requests() as stop, TrainedTables(model, recipe.row_state, world, recipe.shard_rows, device) as tables:
+        model.to(device)
         for phase in (1, 2):
             steps, first, seconds = recipe.steps[phase - 1], 0, 0.0
             if not steps or phase < state["phase"]:
@@ -441,7 +459,7 @@ def train_model(
             if in_parts(model.lm_head.weight):  # since phase 1
                 optimizer = accelerator.prepare_optimizer(optimizer)
             else:
-                running, optimizer = accelerator.prepare(model, optimizer)
+                running, optimizer = prepare(accelerator, model, optimizer)
             if saved and phase == state["phase"]:
                 if recipe.shard_model:
                     load_parts(model, optimizer.optimizer, accelerator.scaler, saved)
@@ -462,9 +480,7 @@ def train_model(
                 values = {f"tasa/{word}": rate * rate_factor(step - 1, steps) for word, rate in rates.items()}
                 values["entrenamiento/tokens por segundo"] = recipe.tokens_per_step * (step - first) / spent
                 accelerator.log({"entrenamiento/pérdida": loss, **values}, step=before[phase - 1] + step)
-                stopping = bool(stop)
-                if world > 1:  # all stop, or none
-                    stopping = accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item() > 0
+                stopping = in_any_process(bool(stop), accelerator.device)  # all stop, or none
                 # At the very end too: what comes next, saving the result, may find the disk full.
                 last = step == steps and (phase == 2 or not recipe.steps[1])
                 if stopping or last or (step % save_every == 0 and step < steps):
@@ -633,7 +649,9 @@ def main(argv=None):
             lambda hub: hub.create_repo(args.subir, private=not args.publico, exist_ok=True), args.subir,
             "Escribe --subir tu-usuario/nombre con tu usuario, y una llave con permiso de escritura.",
         )  # fmt: skip
-    check(*from_args(args))
+    choice = from_args(args)
+    accelerator.wait_for_everyone()  # all have measured the free memory before one takes any
+    check(*choice)
     model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
     writable_memory(model)
     print(about_memory(model))

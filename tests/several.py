@@ -36,7 +36,7 @@ def main(folder, *wishes):
     recipe = test_rows.replace(test_rows.RECIPE, **recipe)
     with TrainedTables(model, "adam", world, "shard" in wishes) as tables:
         optimizer = train.make_optimizer(model, *test_rows.RATES, tables=tables)
-        ready = accelerator.prepare(model, optimizer)
+        ready = processes.prepare(accelerator, model, optimizer)
         if "scaled" in wishes:  # float16's loss scaling without its precision
             accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
             accelerator.autocast = nullcontext
