@@ -361,12 +361,14 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     gpu = {"CUDA y bibliotecas": machine.base_gpu, **computing}
     ram = {"sistema y bibliotecas": machine.base_ram}
     opening = machine.cards * (weights + rows)  # float32, before it goes to the card
+    copied = own  # to be saved: safetensors brings all that is on the card to host memory at once
     if choice.place == "ram":
         ram |= {name: machine.cards * size for name, size in stored.items()}
-        ram["pesos, al abrir"] = max(0, opening - sum(ram.values()) + machine.base_ram)
+        opening -= machine.cards * sum(stored.values())
     else:
         gpu |= stored
-        ram["pesos y tablas, al abrir"] = opening
+        copied = max(own, rows + row_states)
+    ram["lo que pasa al abrir y al guardar"] = max(opening, copied)
     return {"GPU": gpu, "RAM": ram, "disco": files}
 
 
@@ -457,12 +459,13 @@ def most_rows(config, choice, machine) -> int | None:
 
 # ---------- What is printed ----------
 
-LAUNCH = "accelerate launch --num_processes {}"
 
 
 def command(choice: Choice, machine: Machine, given=()) -> str:
     """The command line of a choice; `given`: further words of it."""
-    launch = "python" if machine.cards == 1 else LAUNCH.format(machine.cards)
+    # Without a card accelerate starts several processes only when it is asked like this.
+    cards = "" if machine.gpu else "--multi_gpu "
+    launch = "python" if machine.cards == 1 else f"accelerate launch {cards}--num_processes {machine.cards}"
     words = [*given, f"--lote {choice.batch} --longitud {choice.length} --acumular {choice.accumulate}"]
     words += ["--recalcular"] * choice.recompute
     words += [f"--optimizador {choice.optimizer}"] * (choice.optimizer != "adamw")

@@ -1,5 +1,5 @@
-"""The plan of memory against what real training steps take, each in a process of its own
-(a model in parts: in two, of which one is measured).
+"""The plan of memory against what real training steps take, each in a process of its own, or in two of which one is
+measured.
 
     python tests/bench_plan.py                 # about fifteen minutes with one thread, and 15 GB for Phi-1
     python tests/bench_plan.py --solo demo     # only the shapes that have this in their name
@@ -29,7 +29,7 @@ from demo_phi_engram import DEMO_SHAPE  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
 from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
-from processes_phi_engram import leave_processes  # noqa: E402
+from processes_phi_engram import leave_processes, prepare  # noqa: E402
 from rows_phi_engram import TrainedTables  # noqa: E402
 from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
 
@@ -60,6 +60,8 @@ CASES = [  # name, shape, phase, what differs from Choice
     ("demo", DEMO, 2, dict(batch=4, length=1024, optimizer="adafactor")),
     ("demo", DEMO, 2, dict(batch=4, length=256, optimizer="muon")),
     ("512 × 8", WIDE, 2, dict(batch=1, length=256, optimizer="adamw8bit")),
+    ("512 × 8 en 2 procesos", WIDE, 2, dict(batch=2, length=256)),
+    ("512 × 8 en 2 procesos", WIDE, 2, dict(batch=2, length=256, accumulate=4)),
     ("512 × 8 en partes", WIDE, 1, dict(batch=2, length=256, shard_model=True)),
     ("512 × 8 en partes", WIDE, 2, dict(batch=2, length=256, shard_model=True)),
     ("512 × 8 en partes", WIDE, 2, dict(batch=2, length=512, recompute=True, shard_model=True)),
@@ -94,7 +96,7 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
                 if tensor is not None:
                     tensor.fill_(1e-6)  # a page that nobody wrote is not there
         optimizer = make_optimizer(model, 1e-5, 1e-5, 1e-5, 0.1, recipe.optimizer, tables)
-        model, optimizer = accelerator.prepare(model, optimizer)
+        model, optimizer = prepare(accelerator, model, optimizer)
         corpus = SimpleNamespace(train=tokens.astype(np.uint16))
         seconds = run_steps(accelerator, model, optimizer, corpus, recipe, steps=steps, label="")
     return seconds / steps
@@ -141,7 +143,7 @@ def main(argv=None):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             words = [__file__, "--uno", str(number), *["--reservado"] * args.reservado]
-            if different.get("shard_model"):
+            if " en " in name:
                 words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TOGETHER}", *words]
             words = [sys.executable, *words]
             result = subprocess.run(words, capture_output=True, text=True, cwd=scratch)
@@ -150,7 +152,6 @@ def main(argv=None):
         row = json.loads(result.stdout.splitlines()[-1])
         choice = replace(Choice(accumulate=1), **different)
         words = [choice.optimizer, f"filas {choice.row_state}", *["recalculando"] * choice.recompute]
-        words += [f"en {TOGETHER} procesos"] * choice.shard_model
         words += [f"{choice.accumulate} por paso"] * (choice.accumulate > 1)
         print(
             f"| {name} | {phase} | {choice.batch} × {choice.length} | {', '.join(words)} | "

@@ -1,6 +1,7 @@
 """A process of `test_processes.py`: trains a small model with others and writes down what came out.
 
     python -m torch.distributed.run --nproc-per-node 4 tests/several.py FOLDER [shard] [stays] [parts] [scaled]
+                                                                                [overflow]
 """
 
 import atexit
@@ -41,6 +42,18 @@ def main(folder, *wishes):
             accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
             accelerator.autocast = nullcontext
 
+        collect, collected = tables.collect, []
+
+        def overflowing():  # in the second step, in rows of the last process alone
+            rows = collect()
+            collected.append(len(rows))
+            if len(collected) == 2 and accelerator.process_index == world - 1:
+                rows[0].grad.fill_(float("inf"))
+            return rows
+
+        if "overflow" in wishes:
+            tables.collect = overflowing
+
         def on_step(step, loss, seconds):
             losses.append(loss)
             if parts and step == STEPS // 2:  # all saved, lost and loaded again on the way
@@ -62,7 +75,9 @@ def main(folder, *wishes):
     kept = {name: table.weight for name, table in model.model.engram_tables.items() if table.weight is not None}
     state = dict(losses=torch.tensor(losses, dtype=torch.double), sent=torch.tensor(sent))
     state |= {f"table.{name}": weight.detach().contiguous() for name, weight in kept.items()}
-    if accelerator.is_main_process:
+    if "overflow" in wishes:
+        state["scale"] = torch.tensor(accelerator.scaler.get_scale())
+    if accelerator.is_main_process or "overflow" in wishes:
         state |= {f"dense.{name}": weight.clone() for name, weight in weights.items()}
     save_file(state, Path(folder) / f"{accelerator.process_index}.safetensors")
 

@@ -194,3 +194,17 @@ def test_two_cards_share_the_model_before_they_give_up_adamw():
     assert not search(config, Choice(), named["colab"]).shard_model  # nobody to share with
     # Parts would fit here with Adafactor, which torch cannot train in parts: better nothing than a command that fails.
     assert search(config, Choice(), replace(named["kaggle"], gpu=10e9)) is None
+
+
+def test_what_is_saved_from_a_card_passes_through_host_memory():
+    """safetensors copies every tensor of a card at once: in phase 2 Phi-1 beside its tables is too much for Colab."""
+    config, colab = PhiEngramConfig(engram_tokenizer_compression=False), planning.MACHINES["colab"]
+    choice = Choice(optimizer="adafactor", recompute=True, place="ram")
+    assert planning.lacking(config, choice, colab) == {1: [], 2: ["RAM"]}
+    assert planning.lacking(config, replace(choice, row_state="fila"), colab) == {1: [], 2: []}
+
+
+def test_processes_without_a_card_have_to_be_asked_for():
+    cpu = replace(planning.MACHINES["t4x2"], gpu=0, half=None)
+    assert command(CHOICE, cpu).startswith("accelerate launch --multi_gpu --num_processes 2 ")
+    assert command(CHOICE, planning.MACHINES["t4x2"]).startswith("accelerate launch --num_processes 2 ")

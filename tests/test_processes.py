@@ -29,6 +29,15 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("solo") / "1", 1)[0]
 
 
+def test_an_overflow_in_the_rows_of_one_process_is_skipped_by_all(tmp_path):
+    """Each keeps other rows, and yet the scalers of all skip the same step and lower their scale."""
+    first, second = run(tmp_path / "varios", 2, "shard", "scaled", "overflow").values()
+    assert first["scale"] == second["scale"] == 2**15  # one halving of GradScaler's first scale
+    for name, tensor in second.items():
+        if name.startswith("dense."):
+            assert torch.equal(tensor, first[name]) and tensor.isfinite().all(), name
+
+
 @pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "parts", "stays", "scaled")], ids=str)
 def test_several_processes_give_the_result_of_one(tmp_path, alone, wishes):
     """Float64 weights, so that another order of summing is worth 1e-13; losses are computed in float32."""
