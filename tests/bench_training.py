@@ -4,8 +4,9 @@
     python tests/bench_training.py --tamanos     # step time and memory from 2.6e5 to 2.6e7 slots of 16 values
     python tests/bench_training.py --json medidas.json
 
-Each repetition takes one step of every variant, so that what else the machine does falls on all; ratios are medians of
-the ratios within a repetition. "Slots" are table rows per layer, all heads together. Tokens are drawn at random.
+Each repetition takes one step of every variant, tables of all sizes too, so that what else the machine does falls on
+all; ratios are medians of the ratios within a repetition. Memory is measured in a process per size. "Slots" are table
+rows per layer, all heads together. Tokens are drawn at random.
 """
 
 import json
@@ -104,18 +105,25 @@ def peak_kilobytes(name="VmHWM") -> int:
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def one_size(slots: int, row_state: str, repetitions: int) -> dict:
-    """Step time at one table size, and peak memory beyond the model, the table and its state."""
+def of_size(slots: int, row_state: str) -> Variant:
+    """One layer with about so many rows of 16 values, every page of them there."""
     heads, width = 16, 256
     memory = dict(engram_layer_ids=[1], engram_vocab_size=[slots // heads] * 2, n_embed_per_ngram=width // 2)
-    variants = {"Phi": Variant(PhiForCausalLM(PhiConfig(**SHAPE))), "Engram": engram(row_state, **memory)}
-    part = next(iter(variants["Engram"].tables.parts.values()))
+    variant = engram(row_state, **memory)
+    part = next(iter(variant.tables.parts.values()))
     for tensor in (part.weight, part.second, part.first):
         if tensor is not None:
-            tensor.fill_(1e-8)  # every page is there before counting
+            tensor.fill_(1e-8)
+    return variant
+
+
+def step_memory(slots: int, row_state: str) -> dict:
+    """Rows of one table, and peak memory of two steps beyond the model, the table and its state."""
+    variants = {"Phi": Variant(PhiForCausalLM(PhiConfig(**SHAPE))), "Engram": of_size(slots, row_state)}
     before = peak_kilobytes("VmRSS")
-    rows = compare(variants, repetitions)
-    return dict(rows["Engram"], slots=part.table.n_rows, beyond=(peak_kilobytes() - before) * 1024)
+    compare(variants, 4)
+    part = next(iter(variants["Engram"].tables.parts.values()))
+    return dict(slots=part.table.n_rows, beyond=(peak_kilobytes() - before) * 1024)
 
 
 def main(argv=None):
@@ -123,26 +131,28 @@ def main(argv=None):
     parser.add_argument("--tamanos", action="store_true", help="tablas de 260 mil a 26 millones de filas")
     parser.add_argument("--repeticiones", type=int, default=11, help="pasos de cada variante (%(default)s)")
     parser.add_argument("--json", help="archivo para las medidas")
-    parser.add_argument("--uno", nargs=2, help="una sola tabla: filas y estado (lo usa --tamanos)")
+    parser.add_argument("--uno", nargs=2, help="memoria de una sola tabla: filas y estado (lo usa --tamanos)")
     args = parser.parse_args(argv)
     if args.uno:
-        print(json.dumps(one_size(int(args.uno[0]), args.uno[1], args.repeticiones)))
+        print(json.dumps(step_memory(int(args.uno[0]), args.uno[1])))
         return
     print(f"{torch.get_num_threads()} hilos, lote {BATCH}×{LENGTH}, medianas de {args.repeticiones - 1} pasos\n")
     if args.tamanos:
-        print("| filas | estado | ms por paso | respecto a Phi | memoria del paso, GB |\n|" + " --- |" * 5)
+        print("| filas | estado | ms por paso | respecto a la menor | cuartiles | memoria del paso, GB |")
+        print("|" + " --- |" * 6)
         measured = []
         for row_state in ROW_STATES:
+            rows = compare({slots: of_size(slots, row_state) for slots in SLOTS}, args.repeticiones)
             for slots in SLOTS:
-                # A process of its own, so that peaks do not add up.
                 command = [sys.executable, __file__, "--uno", str(slots), row_state]
-                command += ["--repeticiones", str(args.repeticiones)]
                 result = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-                row = json.loads(result.stdout.splitlines()[-1])
-                measured.append(dict(row, row_state=row_state))
+                row = dict(rows[slots], **json.loads(result.stdout.splitlines()[-1]), row_state=row_state)
+                measured.append(row)
+                low, high = row["quartiles"]
                 print(
                     f"| {spanish(row['slots'])} | {row_state} | {spanish(1000 * row['seconds'])} | "
-                    f"{spanish(row['ratio'], 3)} | {spanish(row['beyond'] / 1e9, 2)} |", flush=True,
+                    f"{spanish(row['ratio'], 3)} | {spanish(low, 3)}–{spanish(high, 3)} | "
+                    f"{spanish(row['beyond'] / 1e9, 2)} |", flush=True,
                 )  # fmt: skip
     else:
         rows = {"Phi": Variant(PhiForCausalLM(PhiConfig(**SHAPE)))}
