@@ -136,6 +136,7 @@ class SpanishParser(argparse.ArgumentParser):
     ERRORS = (
         (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1: «\2» no es válido; elige entre \3."),
         (r"argument (\S+): invalid int value: '(.*)'", r"\1: «\2» no es un número entero."),
+        (r"argument (\S+): invalid float value: '(\d*),(\d+)'", r"\1: escribe el decimal con punto: \2.\3."),
         (r"argument (\S+): invalid \S+ value: '(.*)'", r"\1: «\2» no es válido."),
         (r"argument (\S+): expected .*arguments?", r"\1: falta el valor."),
         (r"argument (\S+): ignored explicit argument '(.*)'", r"\1 no lleva valor («\2»)."),
@@ -196,6 +197,16 @@ def _lock(folder, wait=False) -> int | None:
 def _unlock(handle):
     if handle is not None:
         os.close(handle)
+
+
+@contextmanager
+def hold(folder):
+    """Yield whether no other live process holds `folder` too; always true where folders cannot be locked."""
+    handle = _lock(folder)
+    try:
+        yield handle is not None or fcntl is None
+    finally:
+        _unlock(handle)
 
 
 def _hidden_name(path) -> Path:
@@ -404,7 +415,9 @@ def find_model(name) -> str:
     parent, base = os.path.split(os.path.normpath(path))
     close = difflib.get_close_matches(base, [folder.parent.name for folder in Path(parent).glob("*/config.json")], 1)
     hint = f" ¿Querías decir {os.path.join(parent, close[0])}?" if close else ""
-    hint = f" Se crea con: {MADE_BY[base]}" if base in MADE_BY else hint
+    if base in MADE_BY:
+        place = f" --salida {name}" if base == "phi1-engram" and parent else ""
+        hint = f" Se crea con: {MADE_BY[base]}{place}."
     raise UserError(
         f"No existe la carpeta «{name}».{hint} Se admite una carpeta con un modelo o un nombre del Hub "
         f"(usuario/nombre, por ejemplo {PHI_1})."

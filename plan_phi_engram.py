@@ -266,7 +266,7 @@ class Choice:
     place: str = "auto"
     steps: tuple[bool, bool] = (True, True)  # which phases run
     keep: int = 1  # checkpoints kept
-    resume: bool = False
+    resume: float = 0  # bytes of the checkpoints that are there already, of a training to go on with
     shard: bool = False  # every process keeps a part of the rows instead of all
     shard_model: bool = False  # and of the dense weights, their gradients and states
 
@@ -354,7 +354,7 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     disk = own + states + rows + row_states
     final = weights + rows
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
-    files |= {"lo que se guarda a su lado": max(disk * choice.keep, final) - disk * choice.resume}
+    files |= {"lo que se guarda a su lado": max(0, max(disk * choice.keep, final) - choice.resume)}
     if not machine.gpu:
         ram = {**computing, **stored}
         return {"RAM": {"Python y bibliotecas": machine.base_ram / machine.cards, **ram}, "disco": files}
@@ -450,10 +450,11 @@ def most_rows(config, choice, machine) -> int | None:
         low, high = (account(with_rows(config, rows), least, machine, phase) for rows in (few, many))
         for place in low:
             a, b = sum(low[place].values()), sum(high[place].values())
-            if a > there[place]:
+            free = (1 - SPARE) * there[place]
+            if a > free:
                 return None
             if b > a:  # bytes grow in a straight line with the rows
-                found = min(found, few + (there[place] - a) / (b - a) * (many - few))
+                found = min(found, few + (free - a) / (b - a) * (many - few))
     return int(found // 1000 * 1000)
 
 
@@ -501,7 +502,12 @@ def table(config, choice, machine) -> str:
 
 def advice(config, choice, machine, given=()) -> str:
     """What to run instead of a choice that does not fit."""
+    if choice.resume:
+        return "Un entrenamiento a medias no cambia de receta: libera sitio y repite la misma orden."
     found = search(config, choice, machine)
+    if not found and choice.keep > 1:
+        choice, given = replace(choice, keep=1), [word for word in given if not word.startswith("--conservar")]
+        found = search(config, choice, machine)
     if found:
         return f"Sí cabe: {command(found, machine, given)}"
     reduced = replace(choice, steps=(True, False))
@@ -512,9 +518,14 @@ def advice(config, choice, machine, given=()) -> str:
         return (
             f"La tabla es demasiado grande: caben hasta {spanish(rows)} filas por cabeza (hay "
             f"{spanish(max(config.engram_vocab_size))}). Crea una menor: python load_phi_engram.py --filas {rows} "
-            "--salida phi1-engram-menor"
+            "--salida phi1-engram-menor (y --modelo, si tu Phi de partida no es Phi-1)"
         )
     return "Ni con la tabla más pequeña cabe aquí. Prueba con otra máquina: python train_phi_engram.py --plan kaggle"
+
+
+def check_length(config, choice: Choice) -> None:
+    if choice.length > config.max_position_embeddings:
+        raise UserError(f"--longitud {choice.length}: el modelo llega a {config.max_position_embeddings} tokens.")
 
 
 def open_config(name) -> tuple[PhiEngramConfig, bool]:
@@ -531,6 +542,7 @@ def open_config(name) -> tuple[PhiEngramConfig, bool]:
 def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     """All that `--plan` prints."""
     config, assumed = open_config(name)
+    check_length(config, choice)
     dense, tables = shapes(config)
     numbers = [sum(math.prod(shape) for n, shape in dense if ("engram" in n) == memory) for memory in (False, True)]
     rows = sum(n for n, _ in tables.values())
@@ -570,6 +582,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     if machine.cards > 1 and machine.gpu:
         what = "una parte del modelo" if chosen.shard_model else "el modelo entero"
         lines.append(f"Cada tarjeta guarda {what} y lee sus propios bloques.")
+    if name == PHI_1 or (not assumed and read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type):
+        lines.append(f"Antes hay que ponerle la memoria: python load_phi_engram.py --modelo {name}")
     if machine.scratch:
         lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
     return "\n".join(lines)
@@ -595,6 +609,7 @@ def check(name, choice: Choice, machine: Machine, given=()) -> None:
     if read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type:
         return  # opening it says what it is
     config, there = open_config(name)[0], room(machine)
+    check_length(config, choice)
     for phase in (phase for phase in (1, 2) if choice.steps[phase - 1]):
         for place, items in account(config, choice, machine, phase).items():
             need = sum(items.values())
@@ -613,14 +628,16 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
     model = args.modelo
     if machine.scratch and model == "phi1-engram":
         model = f"{machine.scratch}/{model}"
-    given = [] if model == "phi1-engram" else [f"--modelo {shlex.quote(model)}"]
-    for flag in ("datos", "dataset"):
-        given += [f"--{flag} {shlex.quote(getattr(args, flag))}"] if getattr(args, flag) else []
-    given += [f"--receta {args.receta}"] * (args.receta != "phi1")
-    given += [f"--salida {shlex.quote(args.salida)}"] * (args.salida != "phi1-engram-trained")
+    given = [*([] if model == "phi1-engram" else [f"--modelo {shlex.quote(model)}"]), *args.given]
+    if args.repartir_modelo and machine.cards == 1:
+        raise UserError(
+            f"--repartir-modelo es para varios procesos y en {machine.name} hay uno: quítalo, o mira --plan t4x2."
+        )
+    begun = Path(f"{args.salida}-checkpoints").rglob("*") if args.reanudar else ()
+    there = sum(file.stat().st_size for file in begun if file.is_file())
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
-        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, args.reanudar, args.repartir_filas,
+        (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, there, args.repartir_filas,
         args.repartir_modelo,
     )  # fmt: skip
     return args.modelo, choice, machine, given

@@ -276,6 +276,11 @@ class TrainedTables:
             for name, table in model.model.engram_tables.items()
         }
 
+    @property
+    def n_bytes(self) -> int:
+        """Of all rows of all tables, in float32."""
+        return sum(4 * part.table.n_rows * part.table.d_head for part in self.parts.values())
+
     def __enter__(self):
         return self
 

@@ -14,6 +14,7 @@ import numpy as np
 from load_phi_engram import UserError, spanish, whole_folder
 from phi1_engram import PHI_1
 
+LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result
 TRACKERS = ("tensorboard", "trackio")
 
 
@@ -139,7 +140,7 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in outcome["history"] + outcome["results"]]
-        (folder / "entrenamiento.jsonl").write_text("".join(rows), encoding="utf-8")
+        (folder / LOG).write_text("".join(rows), encoding="utf-8")
         plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
 
 

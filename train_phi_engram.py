@@ -10,16 +10,18 @@ are row-sparse: a step touches the rows that its batch reads.
 """
 
 import atexit
+import difflib
 import errno
 import hashlib
 import importlib.util
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -39,6 +41,7 @@ try:
         about_memory,
         add_memory_options,
         discard,
+        hold,
         no_space,
         open_model,
         run_script,
@@ -64,7 +67,16 @@ try:
     from rows_phi_engram import ROW_STATES, TrainedTables
 
     # Also found out before hours of training: its matplotlib is only used after them.
-    from share_phi_engram import TRACKERS, check_tracker, on_hub, result_line, result_table, save_trained, start_tracker
+    from share_phi_engram import (
+        LOG,
+        TRACKERS,
+        check_tracker,
+        on_hub,
+        result_line,
+        result_table,
+        save_trained,
+        start_tracker,
+    )
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -461,11 +473,17 @@ def train_model(
             else:
                 running, optimizer = prepare(accelerator, model, optimizer)
             if saved and phase == state["phase"]:
-                if recipe.shard_model:
-                    load_parts(model, optimizer.optimizer, accelerator.scaler, saved)
-                else:
-                    accelerator.load_state(str(saved), strict=False)
-                tables.load(saved)
+                try:
+                    if recipe.shard_model:
+                        load_parts(model, optimizer.optimizer, accelerator.scaler, saved)
+                    else:
+                        accelerator.load_state(str(saved), strict=False)
+                    tables.load(saved)
+                except Exception as error:  # of pickle, zip, safetensors or torch, as the damage falls
+                    raise UserError(
+                        f"El punto de control {saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
+                        "--reanudar usa entonces el anterior, si lo hay (--conservar 2 guarda siempre dos)."
+                    ) from error
                 first, seconds = state["step"], state["seconds"]
                 accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
             elif phase == 2:
@@ -500,6 +518,13 @@ def train_model(
                 if fingerprint(model) != state["backbone"]:
                     raise RuntimeError("phase 1 changed the backbone")
                 accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+            if world > 1:
+                pairs, dense = tables.sent / max(1, steps - first), tables.n_bytes
+                accelerator.print(
+                    f"   Por paso, este proceso ha mandado {spanish(pairs / 1e6, 2)} MB de pares (fila, gradiente); el "
+                    f"gradiente denso de las tablas son {spanish(dense / 1e6, 2)} MB."
+                )
+                tables.sent = 0
             accelerator.unwrap_model(running, keep_fp32_wrapper=False)
             accelerator.free_memory()
     if recipe.shard_model:
@@ -509,6 +534,8 @@ def train_model(
         open_tracker.finish()
     if accelerator.is_main_process:
         try:
+            if output.exists() and not (output / LOG).exists():  # not this training's, half discarded
+                raise UserError(f"{output}/ no estaba al empezar y no la voy a pisar: cámbiale el nombre.")
             save_trained(model, tokenizer, outcome, output, repo)
         except UserError as error:
             raise UserError(f"{error} Lo entrenado está en {checkpoints}: repite después con --reanudar.") from error
@@ -518,6 +545,13 @@ def train_model(
 
 
 # ---------- Command line ----------
+
+# What a plan repeats of the command line in the command that it proposes; the rest it proposes itself.
+REPEATED = (
+    "datos", "dataset", "max_tokens", "receta", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
+    "guardar_cada", "conservar", "registro", "subir", "publico", "cambiar_memoria", "reanudar",
+)  # fmt: skip
+
 
 def parse(argv):
     parser = SpanishParser(
@@ -569,15 +603,38 @@ def parse(argv):
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
     add_memory_options(parser)
     args = parser.parse_args(argv)
+    given = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
+    if args.demo and given != {"demo"}:
+        raise UserError("--demo va sola, sin más opciones: python train_phi_engram.py --demo")
+    args.given = []
+    for name in REPEATED:
+        value = getattr(args, name)
+        if name in given and value != 0:  # a phase that is left out is the plan's own word
+            words = f"--{name.replace('_', '-')}"
+            args.given.append(words if value is True else f"{words} {shlex.quote(str(value))}")
     args.optimizador = args.optimizador or RECIPES[args.receta].optimizer
     if args.receta == "articulo" and args.pasos_fase1 is None:
         args.pasos_fase1 = 0
-    for name in ("longitud", "lote", "acumular", "guardar_cada", "conservar", "max_tokens"):
+    least = dict(longitud=2, lote=1, acumular=1, guardar_cada=1, conservar=1, max_tokens=1)
+    for name, low in (least | dict(pasos_fase1=0, pasos_fase2=0, semilla=0)).items():
         value = getattr(args, name)
-        if value is not None and value < 1 + (name == "longitud"):
-            raise UserError(f"--{name.replace('_', '-')} {value} no es válido: tiene que ser mayor.")
-    if args.tasas <= 0:
+        if value is not None and not low <= value < 2**32:
+            raise UserError(f"--{name.replace('_', '-')} {value} no es válido: va de {low} a {spanish(2**32 - 1)}.")
+    if args.pasos_fase1 == args.pasos_fase2 == 0:
+        raise UserError("Con 0 pasos en las dos fases no hay nada que entrenar.")
+    if not 0 < args.tasas < math.inf:
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+    if args.memoria == "disco":
+        raise UserError("Con --memoria disco las filas solo se leen: para entrenarlas, --memoria ram o auto.")
+    for name in ("datos", "salida"):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
+    args.salida = os.path.expanduser(args.salida)
+    if args.datos and args.plan is None and not Path(args.datos).expanduser().exists():
+        near = Path(args.datos).expanduser().absolute()
+        close = difflib.get_close_matches(near.name, (p.name for p in near.parent.glob("*")), 1)
+        hint = f" ¿Querías decir {Path(args.datos).with_name(close[0])}?" if close else ""
+        raise UserError(f"No existe «{args.datos}».{hint} Indica una carpeta o un archivo con --datos.")
     if args.repartir_modelo and args.optimizador != "adamw":
         raise UserError(
             f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
@@ -590,7 +647,8 @@ def parse(argv):
     # A plan may be for another machine.
     if args.optimizador == "adamw8bit" and args.plan is None and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
-    check_tracker(args.registro)
+    if args.plan is None:
+        check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.publico and not args.subir:
@@ -640,9 +698,23 @@ def main(argv=None):
     atexit.register(leave_processes)
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
+    if accelerator.num_processes == 1:
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        if args.repartir_filas:
+            raise UserError(
+                "--repartir-filas es para varios procesos y este está solo: accelerate launch --multi_gpu "
+                "--num_processes 2 train_phi_engram.py --repartir-filas, con las demás opciones detrás."
+            )
+        if launched and not torch.cuda.is_available():
+            print(
+                "⚠️  accelerate ha empezado un solo proceso. Sin tarjetas, para que sean dos: accelerate launch "
+                "--multi_gpu --num_processes 2 train_phi_engram.py …"
+            )
     output = Path(args.salida)
+    if any(parent.is_file() for parent in (output, *output.parents)):
+        raise UserError(f"--salida {output}: ahí hay un archivo, no una carpeta. Elige otra --salida.")
     if output.exists() and not args.reanudar:
-        raise UserError(f"{output}/ ya existe y no la voy a pisar. Elige otra --salida, o bórrala si ya no la quieres.")
+        raise UserError(f"{output}/ ya existe y no la voy a pisar. Elige otra, por ejemplo --salida {output}-2")
     if args.subir and accelerator.is_main_process:
         # Before training, so that a wrong name or key is not found out after it.
         on_hub(
@@ -655,10 +727,18 @@ def main(argv=None):
     model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
     writable_memory(model)
     print(about_memory(model))
-    if args.longitud > model.config.max_position_embeddings:
-        raise UserError(f"--longitud {args.longitud}: el modelo llega a {model.config.max_position_embeddings} tokens.")
+    checkpoints = output.with_name(output.name + "-checkpoints")
     if not args.reanudar:  # from here on there is something to resume
-        output.with_name(output.name + "-checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    # The others wait for the main process in whatever it does next, and end with it.
+    with hold(checkpoints) if accelerator.is_main_process and checkpoints.is_dir() else nullcontext(True) as alone:
+        if not alone:
+            raise UserError(f"Ya hay un entrenamiento en marcha con --salida {output}: espera, o elige otra.")
+        run(args, accelerator, model, tokenizer, output)
+
+
+def run(args, accelerator, model, tokenizer, output: Path):
+    """Corpus, recipe, both phases and the Hub, as the command line asks."""
     if not args.datos and not args.dataset:
         print("Sin --datos: entreno con la biblioteca estándar de Python.")
     with accelerator.main_process_first():  # the others find it tokenised
@@ -675,8 +755,6 @@ def main(argv=None):
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
     recipe = replace(recipe, steps=steps_of_phases(args.pasos_fase1, args.pasos_fase2, len(corpus.train), recipe))
-    if min(recipe.steps) < 0 or not any(recipe.steps):
-        raise UserError(f"Con {recipe.steps[0]} y {recipe.steps[1]} pasos no hay nada que entrenar.")
     tokens = spanish(recipe.tokens_per_step)
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")

@@ -1,6 +1,7 @@
 """Several processes against one, on the CPU through gloo: same losses, same weights, tables the same on all."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -96,6 +97,8 @@ def test_script_in_two_processes_killed_and_resumed_gives_the_weights_of_one(phi
     assert process.returncode == 0, errors[-3000:]
     assert out.count("Sigo desde la fase 2") == 1  # one process speaks
     assert "entre 2 procesos" in out
+    sent, dense = re.search(r"ha mandado ([\d,]+) MB .* son ([\d,]+) MB", out).groups()
+    assert 0 < float(sent.replace(",", ".")) < float(dense.replace(",", "."))
     one, two = (helpers.saved_tensors(tmp_path / name) for name in ("uno", "dos"))
     start = model.state_dict()
     for name, tensor in one.items():
