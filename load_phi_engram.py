@@ -201,11 +201,19 @@ def _unlock(handle):
 
 @contextmanager
 def hold(folder):
-    """Yield whether no other live process holds `folder` too; always true where folders cannot be locked."""
-    handle = _lock(folder)
+    """Yield whether no other live process holds `folder` too; always true where files cannot be locked.
+
+    Not the folder's own lock, which whoever writes into it takes for a moment.
+    """
+    file = Path(folder, ".en-marcha")
+    if fcntl is not None:
+        file.touch()
+    handle = _lock(file)
     try:
         yield handle is not None or fcntl is None
     finally:
+        if handle is not None:
+            file.unlink(missing_ok=True)
         _unlock(handle)
 
 

@@ -630,11 +630,6 @@ def parse(argv):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
     args.salida = os.path.expanduser(args.salida)
-    if args.datos and args.plan is None and not Path(args.datos).expanduser().exists():
-        near = Path(args.datos).expanduser().absolute()
-        close = difflib.get_close_matches(near.name, (p.name for p in near.parent.glob("*")), 1)
-        hint = f" ¿Querías decir {Path(args.datos).with_name(close[0])}?" if close else ""
-        raise UserError(f"No existe «{args.datos}».{hint} Indica una carpeta o un archivo con --datos.")
     if args.repartir_modelo and args.optimizador != "adamw":
         raise UserError(
             f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
@@ -655,6 +650,11 @@ def parse(argv):
         raise UserError("--publico solo tiene sentido con --subir usuario/nombre.")
     if args.subir and args.subir.count("/") != 1:
         raise UserError(f"--subir {args.subir} no es válido: escribe tu-usuario/nombre.")
+    if args.datos and args.plan is None and not Path(args.datos).expanduser().exists():
+        near = Path(args.datos).expanduser().absolute()
+        close = difflib.get_close_matches(near.name, (p.name for p in near.parent.glob("*")), 1)
+        hint = f" ¿Querías decir {Path(args.datos).with_name(close[0])}?" if close else ""
+        raise UserError(f"No existe «{args.datos}».{hint} Indica una carpeta o un archivo con --datos.")
     return args
 
 

@@ -21,7 +21,7 @@ import helpers
 import share_phi_engram as share
 import train_phi_engram as train
 from hub import Hub
-from load_phi_engram import UserError, load_phi_1_with_engram, run_script
+from load_phi_engram import UserError, hold, load_phi_1_with_engram, run_script
 
 ROOT = Path(train.__file__).parent
 RECIPE = train.Recipe(
@@ -232,6 +232,34 @@ def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypa
     assert "ya existe" in capsys.readouterr().err  # hours of training are not overwritten
 
 
+def test_nothing_of_the_user_is_replaced(grafted, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--modelo", grafted, "--datos", code, *SMALL]
+    own = tmp_path / "importante" / "tesis.txt"
+    own.parent.mkdir()
+    own.write_text("años de trabajo")
+    assert run_here(*words, "--salida=~/importante") == 1
+    assert run_here(*words, "--salida", "importante/tesis.txt") == 1
+    with hold(tmp_path / "codigo"):  # stands for another training's folder
+        (tmp_path / "codigo").rename(tmp_path / "otro-checkpoints")
+        assert run_here(*words[:3], tmp_path / "otro-checkpoints", *SMALL, "--salida", "otro", "--reanudar") == 1
+        assert "Ya hay un entrenamiento en marcha" in capsys.readouterr().err
+
+    def later(*args, **kwargs):  # a folder of that name that comes while it trains
+        (tmp_path / "nuevo").mkdir()
+        (tmp_path / "nuevo" / "tesis.txt").write_text("más")
+        return gathered(*args, **kwargs)
+
+    (tmp_path / "otro-checkpoints").rename(tmp_path / "codigo")
+    gathered = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: monkeypatch.undo() or later(*args, **kwargs))
+    assert run_here("--modelo", grafted, "--datos", tmp_path / "codigo", *SMALL, "--salida", tmp_path / "nuevo") == 1
+    assert "no la voy a pisar" in capsys.readouterr().err
+    assert (tmp_path / "nuevo" / "tesis.txt").read_text() == "más" and own.read_text() == "años de trabajo"
+    assert list((tmp_path / "nuevo-checkpoints").glob("fase-2-*"))  # and nothing of the training either
+
+
 def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, monkeypatch, capsys):
     options = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 1, "--acumular", 1]
     options += ["--pasos-fase1", 40, "--pasos-fase2", 2, "--guardar-cada", 2]
@@ -264,6 +292,17 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, mo
         (["--lote", "0"], "--lote 0"),
         (["--modelo", "no-existe/ni/esto"], "No existe la carpeta"),
         (["--dato", "x"], "--datos"),
+        (["--datos", ""], "--datos está vacío"),
+        (["--datos", "no-existe"], "No existe «no-existe»"),
+        (["--tasas", "nan"], "--tasas nan"),
+        (["--tasas", "0,3"], "0.3"),
+        (["--semilla", "-1"], "--semilla -1"),
+        (["--pasos-fase1", "0", "--pasos-fase2", "0"], "no hay nada que entrenar"),
+        (["--memoria", "disco"], "--memoria ram"),
+        (["--demo", "--plan"], "--demo va sola"),
+        (["--repartir-filas"], "varios procesos"),
+        (["--plan", "--repartir-modelo"], "varios procesos"),
+        (["--plan", "--longitud", "4096"], "2048 tokens"),
     ],
 )
 def test_mistakes_get_a_spanish_sentence_and_no_traceback(tmp_path, monkeypatch, capsys, options, message):
