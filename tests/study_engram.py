@@ -162,7 +162,7 @@ def run_row(name: str, settings: dict, path=None) -> dict:
         return done[name]
     print(f"\n=== {name}: {settings}", flush=True)
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=path.parent, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     measured = KINDS[settings["kind"]](**{key: value for key, value in settings.items() if key != "kind"})
     row = dict(fila=name, **{**settings, **measured}, threads=torch.get_num_threads(), commit=commit)
