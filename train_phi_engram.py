@@ -625,7 +625,7 @@ def parse(argv):
     if not 0 < args.tasas < math.inf:
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.memoria == "disco":
-        raise UserError("Con --memoria disco las filas solo se leen: para entrenarlas, --memoria ram o auto.")
+        raise UserError("Con --memoria disco las filas solo se leen, y así no aprenden: usa --memoria ram, o auto.")
     for name in ("datos", "salida"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
