@@ -212,7 +212,8 @@ def make_optimizer(
 
 
 def clip_gradients(accelerator, optimizer, limit: float) -> float:
-    """Scale all gradients together, those of rows too, to a joint norm of at most `limit`. Returns the norm before.
+    """Bring together what all processes found, and scale all gradients, those of rows too, to a joint norm of at most
+    `limit`. Returns the norm before.
 
     The norm is what it would be with the whole tables' dense gradients.
     """
