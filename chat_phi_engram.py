@@ -32,6 +32,7 @@ try:
         about_memory,
         add_memory_options,
         open_model,
+        out_of_memory,
         run_script,
         spanish,
         unaccented,
@@ -333,21 +334,26 @@ class Chat:
         )  # fmt: skip
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether the GPU, or torch's allocator on the CPU, had no memory left."""
-    known = ("not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # In the terminal
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def in_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+def in_notebook() -> bool:
+    """Whether this is a notebook's own process, whose `input` asks in the cell."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def unanswered() -> bool:
+    """Whether what looks like a terminal never gets what the user types: a notebook's `!python`, but for Colab's."""
+    notebook = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "JPY_PARENT_PID" in os.environ
+    return notebook and sys.stdin.isatty() and "COLAB_RELEASE_TAG" not in os.environ
+
+
+def in_conversation() -> bool:
+    """Whether somebody types and reads, and is to see prompts."""
+    return in_notebook() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 
 def in_colour() -> bool:
@@ -422,7 +428,7 @@ def obey(chat: Chat, word: str, argument: str, say):
         say("(Respondiendo dos veces, sin memoria y con ella …)")
         texts = chat.compare(argument)
         titled = [f"{title}\n{text}" for title, text in zip(("CON MEMORIA", "SIN MEMORIA"), texts)]
-        print(side_by_side(*titled, columns if in_terminal() else 0), flush=True)
+        print(side_by_side(*titled, columns if in_conversation() else 0), flush=True)
         if texts[0] == texts[1]:
             say("(Las dos respuestas son iguales.)")
     elif word == "temperatura":
@@ -484,19 +490,23 @@ def read(code: bool, terminal: bool) -> str:
     return "\n".join(lines)
 
 
-def run_chat(model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
-    """Converse until `salir` or the end of the input. In a terminal with prompts; piped, answers alone on stdout."""
-    chat = Chat(model, tokenizer, code, max_tokens, temperature, seed)
-    terminal = in_terminal()
+def run_chat(model=None, tokenizer=None, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
+    """Converse until `salir` or the end of the input. In a terminal or a notebook's cell with prompts; piped, answers
+    alone on stdout. Without a model, with the one that the other scripts left here."""
+    terminal = in_conversation()
 
     def say(text):
         print(text, file=sys.stdout if terminal else sys.stderr, flush=True)
 
+    if model is None:
+        model, tokenizer = open_for_chat(default_model(), say)
+    chat = Chat(model, tokenizer, code, max_tokens, temperature, seed)
     if terminal:
-        with suppress(ImportError):
-            import readline  # arrow keys in input
+        if not in_notebook():
+            with suppress(ImportError):
+                import readline  # arrow keys in input
 
-            readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
+                readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
         say(CODE_MODE if code else "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
     while True:
         text = None
@@ -539,6 +549,20 @@ def default_model() -> Path:
     )
 
 
+def open_for_chat(name, note, storage="auto", memory=None):
+    """Model and tokenizer on the GPU if there is one, telling `note` what they are."""
+    gpu = torch.cuda.is_available()
+    note(f"Abriendo {name} …")
+    # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
+    dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
+    model, tokenizer = open_model(name, dtype, device, storage, memory)
+    millions = spanish(model.n_values / 1e6, 1)
+    where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
+    precision = str(model.dtype).removeprefix("torch.")
+    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{about_memory(model)}\n{ADVICE}")
+    return model, tokenizer
+
+
 def main(argv=None) -> int:
     parser = SpanishParser(
         description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
@@ -571,17 +595,16 @@ def main(argv=None) -> int:
         sys.stdin.reconfigure(errors="replace")
 
     def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone
-        print(text, file=sys.stdout if options.pregunta is None and in_terminal() else sys.stderr, flush=True)
+        print(text, file=sys.stdout if options.pregunta is None and in_conversation() else sys.stderr, flush=True)
 
-    name, gpu = str(options.modelo or default_model()), torch.cuda.is_available()
-    note(f"Abriendo {name} …")
-    # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
-    dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
-    model, tokenizer = open_model(name, dtype, device, options.memoria, options.cambiar_memoria)
-    millions = spanish(model.n_values / 1e6, 1)
-    where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
-    precision = str(model.dtype).removeprefix("torch.")
-    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{about_memory(model)}\n{ADVICE}")
+    if options.pregunta is None and unanswered():
+        raise UserError(
+            "En un cuaderno, «!python» no recibe lo que escribes y se quedaría esperando para siempre. Haz una "
+            'pregunta con la orden: !python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
+            "   O conversa en una celda, sin «!»: from chat_phi_engram import run_chat; run_chat()"
+        )
+    name = str(options.modelo or default_model())
+    model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria)
     settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla)
     longest = model.config.max_position_embeddings // 2
     if options.max_tokens > longest:

@@ -3,11 +3,12 @@
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+import errno
 import json
 import re
 from pathlib import Path
 
-from load_phi_engram import UserError, discard, gigabytes, spanish, whole_folder
+from load_phi_engram import UserError, discard, gigabytes, out_of_memory, spanish, whole_folder
 
 STATE = "estado.json"
 # What makes two trainings different, in the words of the command line or of the documentation.
@@ -67,6 +68,14 @@ def fault(checkpoint: Path) -> str | None:
         if there != size:
             return f"{name} tiene {gigabytes(there)} de {gigabytes(size)}"
     return None
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a damaged file raises this, in torch, zip, pickle or safetensors, and not what keeps a good one from
+    being read: too little memory, a lack of permission, a card that fails."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EINVAL, errno.ENOENT)  # torch seeks before the start of a cut zip
+    return not out_of_memory(error) and "CUDA" not in str(error)
 
 
 def write_checkpoint(folder: Path, state: dict, write, keep: int = 1) -> Path:

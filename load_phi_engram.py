@@ -637,6 +637,14 @@ def report(model) -> str:
     return "\n".join([*lines, f"   Capas con memoria: {layers}. Precisión: {str(model.dtype).removeprefix('torch.')}"])
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU, or torch's allocator on the CPU, had no memory left."""
+    known = ("not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
+    )
+
+
 def spanish(number, digits=0):
     """1234.5 -> «1.234,5»: a Spanish reader takes the comma for the decimal sign."""
     return f"{number:,.{digits}f}".translate(str.maketrans(",.", ".,"))

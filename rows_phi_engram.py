@@ -9,6 +9,7 @@ Used by `train_phi_engram.py`; there is nothing to run here.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ def coalesce(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     return distinct, total
 
 
+def untouched_zeros(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Zeros [len(rows), width] beside `rows`; in host memory a page of them takes none until it is written."""
+    if rows.device.type != "cpu":
+        return rows.new_zeros(len(rows), width)
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return torch.from_numpy(np.zeros((len(rows), width), dtype))  # torch.zeros would write, and so take, every page
+
+
 class TrainedTable:
     """One `EngramTable` while it trains: rows, optimiser state, and what this step has read.
 
@@ -55,8 +64,8 @@ class TrainedTable:
             weight = weight[self.rank * self.share : (self.rank + 1) * self.share].clone()
         self.weight = weight if table.stays else weight.to(self.device)
         width = table.d_head if row_state == "adam" else 1
-        self.second = weight.new_zeros(len(weight), width)
-        self.first = torch.zeros_like(self.second) if row_state == "adam" else None
+        self.second = untouched_zeros(self.weight, width)
+        self.first = untouched_zeros(self.weight, width) if row_state == "adam" else None
         self.steps = 0
         self.reads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.coming = None  # the distinct rows of the batch after this one, on their way

@@ -33,7 +33,7 @@ try:
     from accelerate.utils import broadcast_object_list, set_seed
     from tqdm import tqdm
 
-    from checkpoint_phi_engram import all_checkpoints, identity_of, last_checkpoint, write_checkpoint
+    from checkpoint_phi_engram import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
     from corpus_phi_engram import Corpus, batch_at, prepare_corpus
     from load_phi_engram import (
         SpanishParser,
@@ -480,7 +480,9 @@ def train_model(
                     else:
                         accelerator.load_state(str(saved), strict=False)
                     tables.load(saved)
-                except Exception as error:  # of pickle, zip, safetensors or torch, as the damage falls
+                except Exception as error:
+                    if not is_damage(error):
+                        raise
                     raise UserError(
                         f"El punto de control {saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
                         "--reanudar usa entonces el anterior, si lo hay (--conservar 2 guarda siempre dos)."

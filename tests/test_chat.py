@@ -436,6 +436,48 @@ class Terminal:
         return status
 
 
+def test_in_a_cell_of_a_notebook(folder, tmp_path):
+    """`run_chat()` asks through the notebook's own input, which `!python` never receives."""
+    manager = pytest.importorskip("jupyter_client", reason="pip install ipykernel").manager
+    pytest.importorskip("ipykernel", reason="pip install ipykernel")
+    (tmp_path / "phi1-engram").symlink_to(folder)
+    kernel, client = manager.start_new_kernel(cwd=tmp_path)
+    said, lines = [], ["hola", "memoria no", "salir"]
+
+    def answer(message):
+        said.append("?" + message["content"]["prompt"])
+        client.input(lines.pop(0))
+
+    try:
+        cell = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\nfrom chat_phi_engram import run_chat\n"
+        reply = client.execute_interactive(
+            cell + "run_chat(max_tokens=8)", allow_stdin=True, stdin_hook=answer, timeout=120,
+            output_hook=lambda message: said.append(message["content"].get("text", "")),
+        )  # fmt: skip
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    printed = "".join(said)
+    assert reply["content"]["status"] == "ok", reply["content"]
+    assert printed.count("?👤 Tú: ") == 3 and not lines
+    assert re.search(r"🤖 Phi-Engram: \S+", printed)
+    assert "Memoria apagada" in printed and "¡Hasta luego!" in printed
+
+
+@pytest.mark.parametrize("variable", ["KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID"])
+def test_in_a_notebook_that_gives_it_no_input_it_says_what_works(tmp_path, variable):
+    terminal = Terminal("--modelo", str(tmp_path), **{variable: "1"})
+    assert "--pregunta" in terminal.read_to("from chat_phi_engram import run_chat; run_chat()", seconds=60)
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 1
+    terminal.close()
+
+
+def test_colab_gives_its_commands_input(folder):
+    terminal = Terminal("--modelo", str(folder), JPY_PARENT_PID="1", COLAB_RELEASE_TAG="release")
+    terminal.read_to("👤 Tú: ")
+    assert terminal.leave() == 0
+
+
 def test_in_a_terminal(folder):
     terminal = Terminal("--modelo", str(folder), "--max-tokens", "300", "--semilla", "0")
     you, phi = "👤 Tú: ", "🤖 Phi-Engram: "

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 import bench_kills
 import checkpoint_phi_engram as checkpoints
@@ -206,6 +208,25 @@ def test_differences_are_told_in_words():
         "ancho del modelo 64 entonces, 2.048 ahora", "raro 1 entonces, 2 ahora",
     ]  # fmt: skip
     assert checkpoints._differences(dict(identity=then, data="x"), then, "y") == []
+
+
+def test_damage_is_told_from_what_keeps_a_good_checkpoint_from_being_read(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.bin")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "whole.safetensors")
+    loads = {"whole.bin": lambda path: torch.load(path, weights_only=True), "whole.safetensors": load_file}
+    for name, load in loads.items():
+        data = (tmp_path / name).read_bytes()
+        for cut in (0, 3, 100, 2000, len(data) - 10):
+            (tmp_path / "cut").write_bytes(data[:cut])
+            with pytest.raises(Exception) as error:
+                load(tmp_path / "cut")
+            assert checkpoints.is_damage(error.value), (name, cut, error.value)
+    for other in (
+        torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), PermissionError(13, "Permission denied"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("CUDA error: launch failure"),
+        OSError(5, "Input/output error"),
+    ):  # fmt: skip
+        assert not checkpoints.is_damage(other), other
 
 
 # --- full disk

@@ -1,9 +1,11 @@
 """Rows while they train: steps against torch's own optimisers, host memory, clipping, gradients that are no numbers."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 import helpers
 import train_phi_engram as train
 from load_phi_engram import UserError
+from phi1_engram import EngramTable
 from rows_phi_engram import TrainedTable, TrainedTables
 
 RECIPE = train.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
@@ -234,3 +237,16 @@ def test_recomputed_activations_give_the_same_rows_gradients():
             model(ids, labels=ids).loss.backward()
             gradients.append([holder.grad for holder in tables.collect()])
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) and a.any() for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("row_state", ["adam", "fila"])
+def test_states_that_no_step_touched_take_no_memory(row_state):
+    """256 MB of states in host memory: less than a tenth of them may show."""
+    table = EngramTable(2_000_000, 16)
+    table.settle("ram")
+    process = psutil.Process()
+    with ThreadPoolExecutor(1) as writer:
+        before = process.memory_info().rss
+        part = TrainedTable(table, row_state, None, writer)
+        assert process.memory_info().rss - before < 25e6
+        assert part.second.device == part.weight.device and not part.second[-1].any()
