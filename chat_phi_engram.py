@@ -24,7 +24,7 @@ try:
     from transformers import GenerationConfig, StoppingCriteria
     from transformers import logging as transformers_logging
 
-    from depth_phi_engram import gate_values
+    from engram.analyses import gate_values
     from load_phi_engram import (
         CHAT_TEMPLATE,
         SpanishParser,

@@ -562,7 +562,7 @@ class EngramTable(nn.Module):
         self._stream = None
         # Row-sparse gradients are a choice of the training loop: AdamW, the usual optimiser, refuses them.
         self.sparse_grad = False
-        self.read = None  # of a training loop that keeps the rows itself: row_ids -> rows (rows_phi_engram.py)
+        self.read = None  # of a training loop that keeps the rows itself: row_ids -> rows (engram/rows.py)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,8 +33,36 @@ try:
     from accelerate.utils import broadcast_object_list, set_seed
     from tqdm import tqdm
 
-    from checkpoint_phi_engram import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
-    from corpus_phi_engram import Corpus, batch_at, prepare_corpus
+    from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
+    from engram.corpus import Corpus, batch_at, prepare_corpus
+    from engram.plan import check, from_args, plan
+    from engram.processes import (
+        average_gradients,
+        beside_parts,
+        gather,
+        in_any_process,
+        in_parts,
+        leave_processes,
+        load_parts,
+        make_accelerator,
+        prepare,
+        put_apart,
+        save_parts,
+        whole,
+    )
+    from engram.rows import ROW_STATES, TrainedTables
+
+    # Also found out before hours of training: its matplotlib is only used after them.
+    from engram.sharing import (
+        LOG,
+        TRACKERS,
+        check_tracker,
+        on_hub,
+        result_line,
+        result_table,
+        save_trained,
+        start_tracker,
+    )
     from load_phi_engram import (
         SpanishParser,
         UserError,
@@ -49,34 +77,6 @@ try:
         sweep,
     )
     from phi1_engram import unpack
-    from plan_phi_engram import check, from_args, plan
-    from processes_phi_engram import (
-        average_gradients,
-        beside_parts,
-        gather,
-        in_any_process,
-        in_parts,
-        leave_processes,
-        load_parts,
-        make_accelerator,
-        prepare,
-        put_apart,
-        save_parts,
-        whole,
-    )
-    from rows_phi_engram import ROW_STATES, TrainedTables
-
-    # Also found out before hours of training: its matplotlib is only used after them.
-    from share_phi_engram import (
-        LOG,
-        TRACKERS,
-        check_tracker,
-        on_hub,
-        result_line,
-        result_table,
-        save_trained,
-        start_tracker,
-    )
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -686,7 +686,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()  # its bars are English
     transformers.logging.set_verbosity_error()
     if args.demo:
-        from demo_phi_engram import demo  # it stands on this module
+        from engram.demo import demo  # it stands on this module
 
         try:
             demo()

@@ -2,7 +2,7 @@
 
     python verify_phi_engram.py                            # a small model built on the spot, with or without the Hub
     python verify_phi_engram.py --modelo phi1-engram       # a real checkpoint: a folder, or user/name on the Hub
-    python verify_phi_engram.py --profundidad phi1-engram-demo       # what the memory does inside: see depth_phi_engram
+    python verify_phi_engram.py --profundidad phi1-engram-demo     # what the memory does inside: see engram/analyses.py
 
 Exit status 0 when everything holds, 1 when something does not.
 """
@@ -514,7 +514,7 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore")
 
     if options.profundidad:
-        from depth_phi_engram import depth as look_inside
+        from engram.analyses import depth as look_inside
 
         try:
             look_inside(options.profundidad, options.contra, options.datos, options.bloques, **memory)

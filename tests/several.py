@@ -14,10 +14,10 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-import processes_phi_engram as processes  # noqa: E402
+import engram.processes as processes  # noqa: E402
 import test_rows  # noqa: E402
 import train_phi_engram as train  # noqa: E402
-from rows_phi_engram import TrainedTables  # noqa: E402
+from engram.rows import TrainedTables  # noqa: E402
 
 BLOCKS = 4  # per step, whatever the number of processes
 STEPS = 4

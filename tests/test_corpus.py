@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import corpus_phi_engram as corpora
+import engram.corpus as corpora
 from load_phi_engram import UserError
 from train_phi_engram import Recipe
 

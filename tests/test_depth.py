@@ -1,4 +1,4 @@
-"""depth_phi_engram.py against what others wrote (torch's KL, Python's tokenizer) and what mathematics fixes."""
+"""engram/analyses.py against what others wrote (torch's KL, Python's tokenizer) and what mathematics fixes."""
 
 import json
 import re
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import corpus_phi_engram
-import depth_phi_engram as depth_script
+import engram.analyses as depth_script
+import engram.corpus
 import train_phi_engram
 import verify_phi_engram
-from depth_phi_engram import KINDS, RunningCKA, gate_values, gram, label_tokens, lens, run_states, unbiased_hsic
+from engram.analyses import KINDS, RunningCKA, gate_values, gram, label_tokens, lens, run_states, unbiased_hsic
 from helpers import make_phi, phi_state_dict, random_ids
 from load_phi_engram import UserError, run_script
 
@@ -260,7 +260,7 @@ def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace,
     for i in range(400):
         (workplace / f"{i}.py").write_text(f"valor_{i} = {i}\n" * (3 + i % 5))
     sample = depth_script.held_out_blocks(small_tokenizer, str(workplace), 16, 32)
-    corpus = corpus_phi_engram.prepare_corpus(small_tokenizer, str(workplace), length=32)
+    corpus = engram.corpus.prepare_corpus(small_tokenizer, str(workplace), length=32)
     held = np.asarray(corpus.held_out, np.int64)
     chosen = np.unique(np.linspace(0, len(held) // 32 - 1, min(len(held) // 32, 16)).astype(int))
     assert torch.equal(sample.ids, torch.from_numpy(np.stack([held[i * 32 :][:32] for i in chosen])))

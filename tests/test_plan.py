@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import engram.plan as planning
 import helpers
-import plan_phi_engram as planning
 import train_phi_engram as train_script
+from engram.plan import Choice, Machine, account, command, named_machine, search, shapes, traced
+from engram.rows import TrainedTables
 from load_phi_engram import UserError, run_script
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
-from plan_phi_engram import Choice, Machine, account, command, named_machine, search, shapes, traced
-from rows_phi_engram import TrainedTables
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Machine("prueba", gpu=0, cards=1, ram=1e12, disk=1e12, half=None, flops=1e12, base_gpu=0, base_ram=0)

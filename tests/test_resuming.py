@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-import bench_kills
-import checkpoint_phi_engram as checkpoints
+import engram.checkpoints as checkpoints
 import helpers
 import train_phi_engram as train
+from bench import kills
 from load_phi_engram import UserError, discard, sweep, whole_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -26,7 +26,7 @@ SHORT = ["--pasos-fase1", "4", "--pasos-fase2", "4", "--guardar-cada", "2", "--l
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
     folder = tmp_path_factory.mktemp("origen")
-    code = bench_kills.in_child(folder, "registro.txt", lambda: bench_kills.make_model(folder))
+    code = kills.in_child(folder, "registro.txt", lambda: kills.make_model(folder))
     assert code == 0, (folder / "registro.txt").read_text()
     return folder
 
@@ -44,23 +44,23 @@ def place(origin, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def whole(origin):
     """Weights of the run that nothing interrupts."""
-    assert bench_kills.in_child(origin, "registro.txt", lambda: bench_kills.train_here(*SHORT)) == 0
-    return (origin / bench_kills.OUTPUT / "model.safetensors").read_bytes()
+    assert kills.in_child(origin, "registro.txt", lambda: kills.train_here(*SHORT)) == 0
+    return (origin / kills.OUTPUT / "model.safetensors").read_bytes()
 
 
-def run(folder, *options, action=bench_kills.train_here):
+def run(folder, *options, action=kills.train_here):
     """Status and output of a run in a process of its own."""
     log = f"registro-{len(list(folder.glob('registro-*')))}.txt"
-    code = bench_kills.in_child(folder, log, lambda: action(*SHORT, *options))
+    code = kills.in_child(folder, log, lambda: action(*SHORT, *options))
     return code, (folder / log).read_text(encoding="utf-8")
 
 
 def killed(folder, *kill, options=()):
-    code, _ = run(folder, *options, action=lambda *every: bench_kills.train_here(*every, kill=kill))
+    code, _ = run(folder, *options, action=lambda *every: kills.train_here(*every, kill=kill))
     assert code == -signal.SIGKILL
 
 
-def weights(folder, output=bench_kills.OUTPUT):
+def weights(folder, output=kills.OUTPUT):
     return (folder / output / "model.safetensors").read_bytes()
 
 
@@ -73,7 +73,7 @@ def test_killed_and_resumed_gives_the_bits_of_the_uninterrupted_run(place, whole
     code, out = run(place, "--reanudar")
     assert code == 0, out
     assert ("empiezo desde el principio" if kill[0] == "tokenizar" else "Sigo desde la fase 1, paso 2") in out
-    assert weights(place) == whole and not bench_kills.leftovers(place)
+    assert weights(place) == whole and not kills.leftovers(place)
 
 
 @pytest.mark.parametrize("optimizer", helpers.installed(["adamw8bit"]))
@@ -99,15 +99,15 @@ def test_killed_while_saving_leaves_the_older_checkpoint_and_nothing_when_all_is
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Accelerator.save_state = then_kill
-        bench_kills.train_here(*options)
+        kills.train_here(*options)
 
     assert run(place, action=half_saved)[0] == -signal.SIGKILL
-    folder = place / f"{bench_kills.OUTPUT}-checkpoints"
+    folder = place / f"{kills.OUTPUT}-checkpoints"
     assert [path.name for path in folder.glob("fase*")] == ["fase-2-paso-0000000"]
     assert len(list(folder.glob(".fase-2-paso-0000002-*"))) == 1
     code, out = run(place, "--reanudar")
     assert code == 0 and "Sigo desde la fase 2, paso 0" in out
-    assert weights(place) == whole and not bench_kills.leftovers(place)
+    assert weights(place) == whole and not kills.leftovers(place)
     code, out = run(place, "--reanudar")
     assert code == 1 and "ya está terminado" in out
 
@@ -120,7 +120,7 @@ def test_what_a_live_process_writes_is_not_swept_and_the_rest_is(tmp_path):
     with whole_folder(tmp_path / "algo") as live:
         assert {path.name for path in tmp_path.iterdir()} == {".otro-0123abcd", ".algo-mio", "algo", live.name}
         assert (tmp_path / "algo" / "dentro").read_text() == ".algo-89abcdef-old"  # killed between two renames
-        assert bench_kills.in_child(tmp_path, os.devnull, lambda: sweep(tmp_path, "algo")) == 0
+        assert kills.in_child(tmp_path, os.devnull, lambda: sweep(tmp_path, "algo")) == 0
         assert live.is_dir()
     discard(tmp_path / "algo")
     discard(tmp_path / "no existe")
@@ -160,7 +160,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path):
 
 def test_a_run_goes_on_elsewhere_from_copies_whole_or_not_and_refuses_to_be_another(place, whole, tmp_path, capfd):
     killed(place, "un paso", 11, 0, options=["--conservar", "2"])
-    saved = place / f"{bench_kills.OUTPUT}-checkpoints"
+    saved = place / f"{kills.OUTPUT}-checkpoints"
     names = [path.name for path in checkpoints.all_checkpoints(saved)]
     assert names == ["fase-1-paso-0000002", "fase-2-paso-0000000"]
     there = tmp_path / "otra máquina"
@@ -181,7 +181,7 @@ def test_a_run_goes_on_elsewhere_from_copies_whole_or_not_and_refuses_to_be_anot
 
     def refused(*options):
         with pytest.raises(UserError) as error:
-            train.main([*bench_kills.OPTIONS, *SHORT, *options, "--reanudar"])
+            train.main([*kills.OPTIONS, *SHORT, *options, "--reanudar"])
         capfd.readouterr()
         return str(error.value)
 
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good_and_says_so(place, whole, s
 
     def fills_later(*options):  # the plan, which finds this out before it begins, sees a disk that others fill later
         train.check = lambda *_: None
-        bench_kills.train_here(*options)
+        kills.train_here(*options)
 
     code, out = run(place, "--salida", str(disk / "mio"), "--reanudar")
     assert code == 1 and "No he abierto nada" in out, out
@@ -286,8 +286,8 @@ def test_tensorboard_gets_losses_rates_speed_and_results_once_each(place):
     killed(place, "un paso", 8, 0, options=["--registro", "tensorboard"])
     code, out = run(place, "--registro", "tensorboard", "--reanudar")
     assert code == 0, out
-    events = EventAccumulator(str(place / f"{bench_kills.OUTPUT}-registro")).Reload()
-    rows = [json.loads(line) for line in (place / bench_kills.OUTPUT / "entrenamiento.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(place / f"{kills.OUTPUT}-registro")).Reload()
+    rows = [json.loads(line) for line in (place / kills.OUTPUT / "entrenamiento.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "step" in row]
     logged = events.Scalars("entrenamiento/pérdida")
     assert [event.step for event in logged] == list(range(1, 9))

@@ -8,7 +8,7 @@ import torch
 from transformers import PhiForCausalLM
 
 import helpers
-import study_engram as study
+from study import small as study
 from train_phi_engram import replace
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import corpus_phi_engram as corpora
-import demo_phi_engram as demo
+import engram.corpus as corpora
+import engram.demo as demo
+import engram.sharing as share
 import helpers
-import share_phi_engram as share
 import train_phi_engram as train
 from hub import Hub
 from load_phi_engram import UserError, hold, load_phi_1_with_engram, run_script

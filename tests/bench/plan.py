@@ -1,8 +1,8 @@
 """The plan of memory against what real training steps take, each in a process of its own, or in two of which one is
 measured.
 
-    python tests/bench_plan.py                 # about fifteen minutes with one thread, and 15 GB for Phi-1
-    python tests/bench_plan.py --solo demo     # only the shapes that have this in their name
+    python tests/bench/plan.py                 # about fifteen minutes with one thread, and 15 GB for Phi-1
+    python tests/bench/plan.py --solo demo     # only the shapes that have this in their name
 
 Measured is the highest resident memory (VmHWM) of three steps less what the same process held before the model was
 there, its libraries already warm; tables and their state are written whole first, as a long training does. Memory
@@ -24,13 +24,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo_phi_engram import DEMO_SHAPE  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engram.demo import DEMO_SHAPE  # noqa: E402
+from engram.plan import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
+from engram.processes import leave_processes, prepare  # noqa: E402
+from engram.rows import TrainedTables  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from plan_phi_engram import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
-from processes_phi_engram import leave_processes, prepare  # noqa: E402
-from rows_phi_engram import TrainedTables  # noqa: E402
 from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
 
 FOREIGN = dict(engram_tokenizer_compression=False, eos_token_id=0)

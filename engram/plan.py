@@ -66,7 +66,7 @@ MACHINES = {
     "colab": Machine("colab", cards=1, ram=12.7e9, disk=70e9, **T4),
     "kaggle": Machine("kaggle", cards=2, ram=29e9, disk=20e9, scratch="/tmp", **T4),
 }
-# Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench_plan.py).
+# Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench/plan.py).
 STEP_SHARE = 0.4
 
 

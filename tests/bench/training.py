@@ -1,8 +1,8 @@
 """What a training step costs: beside plain Phi, and against the size of the table.
 
-    python tests/bench_training.py               # hidden 512 x 8, Engram at 1 and 4: step time beside plain Phi
-    python tests/bench_training.py --tamanos     # step time and memory from 2.6e5 to 2.6e7 slots of 16 values
-    python tests/bench_training.py --json medidas.json
+    python tests/bench/training.py               # hidden 512 x 8, Engram at 1 and 4: step time beside plain Phi
+    python tests/bench/training.py --tamanos     # step time and memory from 2.6e5 to 2.6e7 slots of 16 values
+    python tests/bench/training.py --json medidas.json
 
 Each repetition takes one step of every variant, tables of all sizes too, so that what else the machine does falls on
 all; ratios are medians of the ratios within a repetition. Memory is measured in a process per size. "Slots" are table
@@ -22,10 +22,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PhiConfig, PhiForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engram.rows import ROW_STATES, TrainedTables  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from rows_phi_engram import ROW_STATES, TrainedTables  # noqa: E402
 from train_phi_engram import clip_gradients, make_optimizer  # noqa: E402
 
 SHAPE = dict(

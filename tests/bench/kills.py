@@ -1,6 +1,6 @@
 """Kill a training at random moments with SIGKILL, resume it, and compare its weights with the uninterrupted run's.
 
-    python tests/bench_kills.py --veces 20
+    python tests/bench/kills.py --veces 20
 
 A small model goes through tokenising, both phases and saving as `train_phi_engram.py` does it, every time in a process
 of its own, forked from this one so that nothing has to be imported again.
@@ -18,13 +18,13 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
-import corpus_phi_engram as corpora  # noqa: E402
-import demo_phi_engram as demo  # noqa: E402
+import engram.corpus as corpora  # noqa: E402
+import engram.demo as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 
 # Where a kill may fall: what is being done, and the function that does it.

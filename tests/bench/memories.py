@@ -1,6 +1,6 @@
 """What smaller rows cost, and two memories swapped on one Phi, on the demo's models.
 
-    python train_phi_engram.py --demo && python tests/bench_memories.py
+    python train_phi_engram.py --demo && python tests/bench/memories.py
 
 First the held-out loss of `phi1-engram-demo/` with its rows in each precision. Then phase 1 alone, twice, from
 `phi1-engram-demo-control/` (a plain Phi): once on the code of sympy and once on that of transformers, which
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import demo_phi_engram as demo  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import engram.demo as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
 from load_phi_engram import (  # noqa: E402
     SpanishParser,
@@ -88,7 +88,7 @@ def swapped(name, work, steps: int) -> dict:
 def main(argv=None):
     parser = SpanishParser(
         description="Cuánto cuestan las filas más pequeñas, y dos memorias cambiadas sobre un mismo Phi.",
-        epilog="Ejemplo: python tests/bench_memories.py --modelo phi1-engram-demo --json medidas.json",
+        epilog="Ejemplo: python tests/bench/memories.py --modelo phi1-engram-demo --json medidas.json",
     )
     parser.add_argument("--modelo", default="phi1-engram-demo", help="el de la demostración (por defecto, %(default)s)")
     parser.add_argument("--pasos", type=int, default=150, help="pasos de la fase 1 con cada paquete (%(default)s)")

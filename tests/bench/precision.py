@@ -1,7 +1,7 @@
 """Thousands of steps in each precision of training, beside one another: is any of them ever not a number?
 
-    python tests/bench_precision.py                                # 2,000 steps in each precision, about half an hour
-    python tests/bench_precision.py --pasos 200 --solo float16
+    python tests/bench/precision.py                                # 2,000 steps in each precision, about half an hour
+    python tests/bench/precision.py --pasos 200 --solo float16
 
 A small Phi with memory learns the standard library, all of it at once, with the training loop itself. float16 has
 accelerate's loss scaling, which on a CPU it does not offer by itself; the precision is then the CPU's own autocast.
@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from sys import path
 
-path.insert(0, str(Path(__file__).resolve().parent.parent))
+path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import AutocastKwargs  # noqa: E402
 
-from corpus_phi_engram import prepare_corpus, standard_library, text_files  # noqa: E402
-from demo_phi_engram import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer  # noqa: E402
+from engram.corpus import prepare_corpus, standard_library, text_files  # noqa: E402
+from engram.demo import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer  # noqa: E402
+from engram.rows import TrainedTables  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from rows_phi_engram import TrainedTables  # noqa: E402
 from train_phi_engram import evaluate, make_optimizer, run_steps, set_seed  # noqa: E402
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -1,12 +1,12 @@
 """Does the memory pay? A study on real code, row by row: a row that is done is kept, and never run twice.
 
-    python tests/study_engram.py                      # says which rows are done, and runs the missing ones in order
-    python tests/study_engram.py --fila engram-s0     # one row
-    python tests/study_engram.py --tabla              # the tables of DOCUMENTACION_TECNICA.md, section 6.4.1
+    python tests/study/small.py                      # says which rows are done, and runs the missing ones in order
+    python tests/study/small.py --fila engram-s0     # one row
+    python tests/study/small.py --tabla              # the tables of DOCUMENTACION_TECNICA.md, section 6.4.1
 
 Every row goes on from one base, a Phi of the demo's shape trained from scratch on Python's standard library (made once,
 in ~/.cache/phi-engram/estudio/). Seeds vary the memory's first projections and the order of the further text, never
-the base. Rows are appended to tests/study_results.jsonl: delete a line there to run its row again. On a processor of
+the base. Rows are appended to tests/study/results.jsonl: delete a line there to run its row again. On a processor of
 another kind the tokenizer orders its ties differently, and the base is another: its rows go to a file of their own
 (--resultados), and are compared with one another. On glibc,
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in front saves a fifth of the time.
@@ -32,10 +32,11 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import demo_phi_engram as demo  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
+import engram.demo as demo  # noqa: E402
 import train_phi_engram as train  # noqa: E402
-from corpus_phi_engram import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files  # noqa: E402
+from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files  # noqa: E402
+from engram.rows import TrainedTables  # noqa: E402
 from load_phi_engram import (  # noqa: E402
     SpanishParser,
     UserError,
@@ -44,9 +45,8 @@ from load_phi_engram import (  # noqa: E402
     spanish,
     whole_folder,
 )
-from rows_phi_engram import TrainedTables  # noqa: E402
 
-RESULTS = Path(__file__).with_name("study_results.jsonl")
+RESULTS = Path(__file__).with_name("results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
 # The same 16 blocks a step as in one micro-batch, in four: it stays in a small processor's cache.
 RECIPE = replace(demo.DEMO_RECIPE, batch=4, accumulate=4)
@@ -543,7 +543,7 @@ def main(argv=None):
     if args.fila and args.fila not in rows:
         raise UserError(f"No hay ninguna fila '{args.fila}'. Las que hay: {', '.join(rows)}.")
     if args.tabla:
-        from study_tables import tables
+        from study.tables import tables
 
         if "base" not in read_results():
             raise UserError(f"En {RESULTS} no hay ninguna fila hecha todavía.")

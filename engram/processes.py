@@ -3,7 +3,7 @@
     accelerate launch --num_processes 2 train_phi_engram.py --datos mi-codigo/                     # whole model on each
     accelerate launch --num_processes 2 train_phi_engram.py --datos mi-codigo/ --repartir-modelo   # a part on each
 
-Rows of the tables are not of this room: `rows_phi_engram.py` trains, exchanges and saves them in either case.
+Rows of the tables are not of this room: `engram/rows.py` trains, exchanges and saves them in either case.
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 

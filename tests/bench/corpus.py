@@ -1,7 +1,7 @@
 """A corpus larger than memory: write it, tokenise it and read batches of it in a process that may hold 1 GB.
 
-    python tests/bench_corpus.py --gigas 2
-    python tests/bench_corpus.py --gigas 0.2 --carpeta /tmp/corpus --modelo phi1-engram
+    python tests/bench/corpus.py --gigas 2
+    python tests/bench/corpus.py --gigas 0.2 --carpeta /tmp/corpus --modelo phi1-engram
 
 Half of the text is one .txt file, a quarter one .jsonl and a quarter many .py files: the standard library's sources,
 again and again, with other numbers each time. The limit is RLIMIT_DATA: asking for more private memory is an error.
@@ -19,14 +19,14 @@ import time
 from itertools import count
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 BATCHES = 2000
 
 
 def write_corpus(folder: Path, size: int):
     """`size` bytes of varied text below `folder`, unless they are there already."""
-    from corpus_phi_engram import standard_library, text_files
+    from engram.corpus import standard_library, text_files
 
     done = folder / f"escrito-{size}"
     if done.exists():
@@ -65,7 +65,7 @@ def read(folder: Path, tokenizer_folder: Path, limit: float):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
     from transformers import AutoTokenizer
 
-    from corpus_phi_engram import batch_at, prepare_corpus
+    from engram.corpus import batch_at, prepare_corpus
     from load_phi_engram import spanish
     from train_phi_engram import PHI_1_RECIPE
 
@@ -106,8 +106,8 @@ def main():
         folder = args.carpeta or Path(scratch)
         tokenizer_folder = args.modelo
         if tokenizer_folder is None:
-            from corpus_phi_engram import standard_library, text_files
-            from demo_phi_engram import DEMO_SHAPE, demo_tokenizer
+            from engram.corpus import standard_library, text_files
+            from engram.demo import DEMO_SHAPE, demo_tokenizer
 
             tokenizer_folder = folder / "tokenizer"
             demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"]).save_pretrained(tokenizer_folder)

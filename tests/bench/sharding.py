@@ -1,6 +1,6 @@
 """A table kept in parts by several processes: our exchange of rows against DTensor and TorchRec, on the same batches.
 
-    python tests/bench_sharding.py                # two processes on the CPU, tables of 2.6e5 and 2.6e6 rows
+    python tests/bench/sharding.py                # two processes on the CPU, tables of 2.6e5 and 2.6e6 rows
     pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0    # to measure TorchRec too, with torch 2.13
     pip install tensordict torchmetrics pyre-extensions            # and what it imports
 
@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import Shard  # noqa: E402
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module  # noqa: E402
 
+from engram.rows import TrainedTable  # noqa: E402
 from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
 from phi1_engram import EngramTable  # noqa: E402
-from rows_phi_engram import TrainedTable  # noqa: E402
 
 SLOTS, WIDTH, HEADS, TOKENS, RATE = (260_000, 2_600_000), 16, 16, 1024, 1e-3
 EPS = 1e-15  # next to nothing: Adam and SparseAdam add it at different places

@@ -1,11 +1,11 @@
 """Speed beside transformers' own Phi of the same shape, in the same run.
 
-    python tests/bench_engram.py            # hidden 512 x 8 layers; every place and precision: a quarter of an hour
-    python tests/bench_engram.py --rapido       # two precisions, fewer repetitions: about five minutes
-    python tests/bench_engram.py --tamanos      # decoding with tables of 2.6e5, 2.6e6 and 2.6e7 slots
-    python tests/bench_engram.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
-    python tests/bench_engram.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
-    python tests/bench_engram.py --json medidas.json
+    python tests/bench/speed.py            # hidden 512 x 8 layers; every place and precision: a quarter of an hour
+    python tests/bench/speed.py --rapido       # two precisions, fewer repetitions: about five minutes
+    python tests/bench/speed.py --tamanos      # decoding with tables of 2.6e5, 2.6e6 and 2.6e7 slots
+    python tests/bench/speed.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
+    python tests/bench/speed.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
+    python tests/bench/speed.py --json medidas.json
 
 Each repetition measures plain Phi and every variant, one after the other, so that what else the machine does falls on
 all. What is printed are medians; a ratio is the median of the ratios within a repetition. Tokens are drawn at random,
@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from load_phi_engram import SpanishParser, gigabytes, run_script, spanish  # noqa: E402
 from phi1_engram import (  # noqa: E402
     CACHE,
@@ -197,7 +197,7 @@ def table(title: str, results: dict):
 
 def opening(folder, place: str, repetitions: int = 3) -> dict:
     """Medians of a new process that opens `folder`, whose files are warm: seconds, and MB of memory."""
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(__file__).resolve().parents[2])
     runs = []
     for _ in range(repetitions):
         done = subprocess.run(
@@ -335,7 +335,7 @@ def giant(results, work, quick):
 def main(argv=None):
     parser = SpanishParser(
         description="Velocidad de Phi con memoria frente al Phi de transformers, en la misma ejecución.",
-        epilog="Ejemplo: python tests/bench_engram.py --rapido --json medidas.json",
+        epilog="Ejemplo: python tests/bench/speed.py --rapido --json medidas.json",
     )
     parser.add_argument("--rapido", action="store_true", help="menos variantes y repeticiones: unos cinco minutos")
     parser.add_argument("--tamanos", "--tamaños", action="store_true", help="decodificar con tablas de tres tamaños")

@@ -143,7 +143,7 @@ def held_out_blocks(tokenizer, source, n_blocks: int, length: int) -> Sample:
     Raises:
         UserError: not even two blocks of text.
     """
-    from corpus_phi_engram import prepare_corpus
+    from engram.corpus import prepare_corpus
 
     corpus = prepare_corpus(tokenizer, source, length=0)
     tokens, origin = corpus.held_out, f"{corpus.name}, la parte que el entrenamiento aparta con la semilla 0"

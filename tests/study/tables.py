@@ -1,9 +1,9 @@
-"""The study's rows as the Markdown tables of DOCUMENTACION_TECNICA.md: python tests/study_engram.py --tabla."""
+"""The study's rows as the Markdown tables of DOCUMENTACION_TECNICA.md: python tests/study/small.py --tabla."""
 
 from statistics import mean, stdev
 
 from load_phi_engram import spanish
-from study_engram import LONG, METHODS, SEEDS, SHORT, study_rows
+from study.small import LONG, METHODS, SEEDS, SHORT, study_rows
 
 
 def spread(values: list[float], digits: int = 3) -> str:
