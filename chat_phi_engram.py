@@ -25,18 +25,9 @@ try:
     from transformers import logging as transformers_logging
 
     from engram.analyses import gate_values
-    from load_phi_engram import (
-        CHAT_TEMPLATE,
-        SpanishParser,
-        UserError,
-        about_memory,
-        add_memory_options,
-        open_model,
-        out_of_memory,
-        run_script,
-        spanish,
-        unaccented,
-    )
+    from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish, unaccented
+    from engram.graft import CHAT_TEMPLATE
+    from engram.opening import about_memory, add_memory_options, open_model
     from phi1_engram import EngramFileError
 except ImportError as error:
     sys.exit(

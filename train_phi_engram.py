@@ -34,7 +34,10 @@ try:
     from tqdm import tqdm
 
     from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
+    from engram.console import SpanishParser, UserError, run_script, spanish
     from engram.corpus import Corpus, batch_at, prepare_corpus
+    from engram.folders import discard, hold, no_space, sweep
+    from engram.opening import about_memory, add_memory_options, open_model
     from engram.plan import check, from_args, plan
     from engram.processes import (
         average_gradients,
@@ -62,19 +65,6 @@ try:
         result_table,
         save_trained,
         start_tracker,
-    )
-    from load_phi_engram import (
-        SpanishParser,
-        UserError,
-        about_memory,
-        add_memory_options,
-        discard,
-        hold,
-        no_space,
-        open_model,
-        run_script,
-        spanish,
-        sweep,
     )
     from phi1_engram import unpack
 except ImportError as error:

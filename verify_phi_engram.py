@@ -31,17 +31,9 @@ try:
     from safetensors import safe_open
     from transformers import AutoTokenizer, GenerationConfig, PhiConfig, PreTrainedTokenizerFast
 
-    from load_phi_engram import (
-        SpanishParser,
-        UserError,
-        about_memory,
-        add_memory_options,
-        gigabytes,
-        graft_difference,
-        open_model,
-        run_script,
-        spanish,
-    )
+    from engram.console import SpanishParser, UserError, gigabytes, run_script, spanish
+    from engram.graft import graft_difference
+    from engram.opening import about_memory, add_memory_options, open_model
     from phi1_engram import (
         CACHE,
         PHI_1,

@@ -30,19 +30,9 @@ try:
     from tqdm import tqdm
     from transformers import PhiForCausalLM
 
-    from load_phi_engram import (
-        UserError,
-        explained,
-        find_model,
-        gigabytes,
-        open_model,
-        open_tokenizer,
-        peak_memory,
-        read_config,
-        spanish,
-        where_from,
-        whole_folder,
-    )
+    from engram.console import UserError, gigabytes, peak_memory, spanish
+    from engram.folders import whole_folder
+    from engram.opening import explained, find_model, open_model, open_tokenizer, read_config, where_from
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"

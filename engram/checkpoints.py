@@ -8,7 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from load_phi_engram import UserError, discard, gigabytes, out_of_memory, spanish, whole_folder
+from engram.console import UserError, gigabytes, out_of_memory, spanish
+from engram.folders import discard, whole_folder
 
 STATE = "estado.json"
 # What makes two trainings different, in the words of the command line or of the documentation.

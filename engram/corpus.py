@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from load_phi_engram import UserError, spanish, sweep, whole_folder
+from engram.console import UserError, spanish
+from engram.folders import sweep, whole_folder
 
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
 HELD_OUT_SHARE = 20  # one document in twenty is never trained on, nor the last twentieth of a long one

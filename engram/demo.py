@@ -14,10 +14,12 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from engram.console import spanish
 from engram.corpus import Skipped, documents, prepare_corpus, standard_library, text_files
+from engram.folders import whole_folder
+from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
 from engram.processes import make_accelerator, prepare
 from engram.sharing import result_line, result_table
-from load_phi_engram import CHAT_TEMPLATE, load_phi_1_with_engram, spanish, whole_folder
 from train_phi_engram import Recipe, evaluate, make_optimizer, run_steps, stop_requests, train_model
 
 # A small model trained from scratch takes, and needs, far higher rates.

@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import initialization as init
 
-from load_phi_engram import MADE_BY, UserError, find_model, read_config, spanish
+from engram.console import UserError, spanish
+from engram.opening import MADE_BY, find_model, read_config
 from phi1_engram import PHI_1, PhiEngramConfig, PhiEngramForCausalLM
 
 SHORTEST = 256  # tokens per block below which the search does not go

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map
 
-from load_phi_engram import UserError
+from engram.console import UserError
 
 
 def make_accelerator(shard=False, **options) -> Accelerator:

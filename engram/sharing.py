@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from load_phi_engram import UserError, spanish, whole_folder
+from engram.console import UserError, spanish
+from engram.folders import whole_folder
 from phi1_engram import PHI_1
 
 LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result

@@ -23,10 +23,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import helpers  # noqa: E402
+import helpers
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 helpers.fill_hub_cache(

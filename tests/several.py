@@ -11,13 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-import engram.processes as processes  # noqa: E402
-import test_rows  # noqa: E402
-import train_phi_engram as train  # noqa: E402
-from engram.rows import TrainedTables  # noqa: E402
+import engram.processes as processes
+import test_rows
+import train_phi_engram as train
+from engram.rows import TrainedTables
 
 BLOCKS = 4  # per step, whatever the number of processes
 STEPS = 4

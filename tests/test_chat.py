@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import chat_phi_engram as chat_script
-from chat_phi_engram import CHAT_TEMPLATE, Chat, run_chat
-from load_phi_engram import run_script
+from chat_phi_engram import Chat, run_chat
+from engram.console import run_script
+from engram.graft import CHAT_TEMPLATE
 from phi1_engram import CACHE
 from verify_phi_engram import tokenizer_on_the_spot
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import engram.corpus as corpora
-from load_phi_engram import UserError
+from engram.console import UserError
 from train_phi_engram import Recipe
 
 RECIPE = Recipe(1e-3, memory_rates=(1e-3, 1e-3), table_rates=(1e-3, 1e-3), batch=2, length=32)

@@ -14,8 +14,8 @@ import engram.corpus
 import train_phi_engram
 import verify_phi_engram
 from engram.analyses import KINDS, RunningCKA, gate_values, gram, label_tokens, lens, run_states, unbiased_hsic
+from engram.console import UserError, run_script
 from helpers import make_phi, phi_state_dict, random_ids
-from load_phi_engram import UserError, run_script
 
 CODE = '''import os  # qué señal más útil
 
@@ -415,7 +415,7 @@ def test_an_empty_memory_shows_no_effect_anywhere(models, workplace, monkeypatch
 
 
 def test_loss_is_that_of_train_model(models, workplace, small_tokenizer):
-    from load_phi_engram import open_model
+    from engram.opening import open_model
 
     sample = depth_script.held_out_blocks(small_tokenizer, str(models / "texto.py"), 8, 64)
     model, _ = open_model(str(models / "uno"))

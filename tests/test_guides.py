@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-import load_phi_engram
+from engram.opening import add_memory_options
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("README.md", "DOCUMENTACION_TECNICA.md")
@@ -56,7 +56,7 @@ def test_every_flag_named_in_a_guide_exists(guide):
             named |= set(re.findall(r"--[\w-]+", line))
         source = (ROOT / f"{script}_phi_engram.py").read_text(encoding="utf-8")
         if "add_memory_options(parser)" in source:
-            source += inspect.getsource(load_phi_engram.add_memory_options)
+            source += inspect.getsource(add_memory_options)
         for flag in named - {"--help"}:
             assert f'"{flag}"' in source, (script, flag)
 

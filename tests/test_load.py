@@ -18,8 +18,11 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 import helpers
 import load_phi_engram
 import phi1_engram
+from engram.console import UserError, peak_memory, run_script
+from engram.folders import whole_folder
+from engram.graft import graft_difference, load_phi_1_with_engram
+from engram.opening import open_model, quiet
 from hub import Hub
-from load_phi_engram import UserError, graft_difference, load_phi_1_with_engram, open_model, whole_folder
 
 ROOT = Path(load_phi_engram.__file__).parent
 SMALL = dict(engram_vocab_size=[100, 100])
@@ -35,7 +38,7 @@ def load(capsys):
 
     def run(*argv):
         with pytest.raises(SystemExit) as stop:
-            load_phi_engram.run_script(load_phi_engram.main, [*map(str, argv), "--filas", "100"])
+            run_script(load_phi_engram.main, [*map(str, argv), "--filas", "100"])
         return stop.value.code, *capsys.readouterr()
 
     return run
@@ -171,11 +174,11 @@ def test_peak_memory(copy, tmp_path):
     phi.save_pretrained(folder)
     del phi, parameter
     Path("/proc/self/clear_refs").write_text("5")
-    base = load_phi_engram.peak_memory()
+    base = peak_memory()
     model, _ = load_phi_1_with_engram(folder, layer_ids=[0], **SMALL)
     model.save_pretrained(tmp_path / "out")
     size = model.get_memory_footprint()
-    assert size > 4e8 and load_phi_engram.peak_memory() - base < 1.15 * size + 1e8
+    assert size > 4e8 and peak_memory() - base < 1.15 * size + 1e8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def test_peak_memory(copy, tmp_path):
 
 
 def shards(folder):
-    with load_phi_engram.quiet():
+    with quiet():
         PhiForCausalLM.from_pretrained(folder).save_pretrained(folder / "new", max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
     for file in (folder / "new").glob("model*"):

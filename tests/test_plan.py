@@ -13,9 +13,9 @@ import torch
 import engram.plan as planning
 import helpers
 import train_phi_engram as train_script
+from engram.console import UserError, run_script
 from engram.plan import Choice, Machine, account, command, named_machine, search, shapes, traced
 from engram.rows import TrainedTables
-from load_phi_engram import UserError, run_script
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent

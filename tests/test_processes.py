@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import helpers
 import train_phi_engram as train
-from load_phi_engram import load_phi_1_with_engram
+from engram.graft import load_phi_1_with_engram
 
 HERE = Path(__file__).resolve().parent
 

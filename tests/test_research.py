@@ -38,7 +38,7 @@ def made(tokenizer):
 @pytest.fixture
 def place(tmp_path, made, tokenizer):
     """A folder in which the guide's phi1-engram-demo/ lies."""
-    from load_phi_engram import CHAT_TEMPLATE
+    from engram.graft import CHAT_TEMPLATE
 
     made.save_pretrained(tmp_path / "phi1-engram-demo")
     tokenizer.save_pretrained(tmp_path / "phi1-engram-demo")

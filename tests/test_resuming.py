@@ -17,7 +17,8 @@ import engram.checkpoints as checkpoints
 import helpers
 import train_phi_engram as train
 from bench import kills
-from load_phi_engram import UserError, discard, sweep, whole_folder
+from engram.console import UserError
+from engram.folders import discard, sweep, whole_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SHORT = ["--pasos-fase1", "4", "--pasos-fase2", "4", "--guardar-cada", "2", "--longitud", "256", "--lote", "1"]

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 import helpers
 import train_phi_engram as train
+from engram.console import UserError
 from engram.rows import TrainedTable, TrainedTables
-from load_phi_engram import UserError
 from phi1_engram import EngramTable
 
 RECIPE = train.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)

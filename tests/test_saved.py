@@ -11,7 +11,7 @@ import torch
 
 import helpers
 import train_phi_engram as train
-from load_phi_engram import open_model
+from engram.opening import open_model
 from phi1_engram import PhiEngramForCausalLM
 
 SAVED = Path(__file__).resolve().parent / "saved"

@@ -21,8 +21,9 @@ import load_phi_engram as load_script
 import phi1_engram
 import train_phi_engram as train_script
 import verify_phi_engram as verify_script
+from engram.console import run_script
+from engram.opening import open_model
 from hub import Hub
-from load_phi_engram import open_model, run_script
 from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, TableFile, pack, unpack
 
 PLACES = ["ram", "disco"] + ["gpu"] * torch.cuda.is_available()

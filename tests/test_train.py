@@ -20,8 +20,10 @@ import engram.demo as demo
 import engram.sharing as share
 import helpers
 import train_phi_engram as train
+from engram.console import UserError, run_script
+from engram.folders import hold
+from engram.graft import load_phi_1_with_engram
 from hub import Hub
-from load_phi_engram import UserError, hold, load_phi_1_with_engram, run_script
 
 ROOT = Path(train.__file__).parent
 RECIPE = train.Recipe(

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import phi1_engram
 import verify_phi_engram as verify_script
-from load_phi_engram import run_script
+from engram.console import run_script
 
 SCRIPT = Path(verify_script.__file__)
 

@@ -65,8 +65,8 @@ def read(folder: Path, tokenizer_folder: Path, limit: float):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
     from transformers import AutoTokenizer
 
+    from engram.console import spanish
     from engram.corpus import batch_at, prepare_corpus
-    from load_phi_engram import spanish
     from train_phi_engram import PHI_1_RECIPE
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

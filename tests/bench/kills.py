@@ -20,12 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import matplotlib.pyplot  # noqa: E402, F401
-import torch  # noqa: E402
+import matplotlib.pyplot  # noqa: F401
+import torch
 
-import engram.corpus as corpora  # noqa: E402
-import engram.demo as demo  # noqa: E402
-import train_phi_engram as train  # noqa: E402
+import engram.corpus as corpora
+import engram.demo as demo
+import train_phi_engram as train
 
 # Where a kill may fall: what is being done, and the function that does it.
 PLACES = {
@@ -47,7 +47,7 @@ def make_model(folder):
     """A Phi of two layers with memory and its tokenizer in `folder`/modelo, and a text of many files beside it."""
     from transformers import PhiConfig, PhiForCausalLM
 
-    from load_phi_engram import load_phi_1_with_engram
+    from engram.graft import load_phi_1_with_engram
 
     train.set_seed(0)
     files = [path for path in corpora.text_files(corpora.standard_library()) if path.stat().st_size < 8000][:150]

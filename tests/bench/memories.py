@@ -18,18 +18,12 @@ from pathlib import Path
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import engram.demo as demo  # noqa: E402
-import train_phi_engram as train  # noqa: E402
-from load_phi_engram import (  # noqa: E402
-    SpanishParser,
-    gigabytes,
-    load_phi_1_with_engram,
-    open_model,
-    quiet,
-    run_script,
-    spanish,
-)
-from phi1_engram import MEMORY_FILE, PRECISIONS  # noqa: E402
+import engram.demo as demo
+import train_phi_engram as train
+from engram.console import SpanishParser, gigabytes, run_script, spanish
+from engram.graft import load_phi_1_with_engram
+from engram.opening import open_model, quiet
+from phi1_engram import MEMORY_FILE, PRECISIONS
 
 PACKAGES = ("sympy", "transformers")
 TOKENS = 3_000_000  # of each package, at most

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engram.demo import DEMO_SHAPE  # noqa: E402
-from engram.plan import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine  # noqa: E402
-from engram.processes import leave_processes, prepare  # noqa: E402
-from engram.rows import TrainedTables  # noqa: E402
-from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
-from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps  # noqa: E402
+from engram.console import SpanishParser, run_script, spanish
+from engram.demo import DEMO_SHAPE
+from engram.plan import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine
+from engram.processes import leave_processes, prepare
+from engram.rows import TrainedTables
+from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
+from train_phi_engram import PHI_1_RECIPE, make_accelerator, make_optimizer, run_steps
 
 FOREIGN = dict(engram_tokenizer_compression=False, eos_token_id=0)
 WIDE = dict(

@@ -21,16 +21,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import Shard  # noqa: E402
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
-from engram.rows import TrainedTable  # noqa: E402
-from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
-from phi1_engram import EngramTable  # noqa: E402
+from engram.console import SpanishParser, run_script, spanish
+from engram.rows import TrainedTable
+from phi1_engram import EngramTable
 
 SLOTS, WIDTH, HEADS, TOKENS, RATE = (260_000, 2_600_000), 16, 16, 1024, 1e-3
 EPS = 1e-15  # next to nothing: Adam and SparseAdam add it at different places

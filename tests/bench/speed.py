@@ -27,8 +27,8 @@ import transformers
 from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from load_phi_engram import SpanishParser, gigabytes, run_script, spanish  # noqa: E402
-from phi1_engram import (  # noqa: E402
+from engram.console import SpanishParser, gigabytes, run_script, spanish
+from phi1_engram import (
     CACHE,
     TABLE_FILE,
     EngramHash,

@@ -23,10 +23,10 @@ from accelerate import Accelerator
 from transformers import PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engram.rows import ROW_STATES, TrainedTables  # noqa: E402
-from load_phi_engram import SpanishParser, run_script, spanish  # noqa: E402
-from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM  # noqa: E402
-from train_phi_engram import clip_gradients, make_optimizer  # noqa: E402
+from engram.console import SpanishParser, run_script, spanish
+from engram.rows import ROW_STATES, TrainedTables
+from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
+from train_phi_engram import clip_gradients, make_optimizer
 
 SHAPE = dict(
     vocab_size=51200, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,

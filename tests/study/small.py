@@ -33,18 +33,13 @@ from torch import nn
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
-import engram.demo as demo  # noqa: E402
-import train_phi_engram as train  # noqa: E402
-from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files  # noqa: E402
-from engram.rows import TrainedTables  # noqa: E402
-from load_phi_engram import (  # noqa: E402
-    SpanishParser,
-    UserError,
-    load_phi_1_with_engram,
-    run_script,
-    spanish,
-    whole_folder,
-)
+import engram.demo as demo
+import train_phi_engram as train
+from engram.console import SpanishParser, UserError, run_script, spanish
+from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files
+from engram.folders import whole_folder
+from engram.graft import load_phi_1_with_engram
+from engram.rows import TrainedTables
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"

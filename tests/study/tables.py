@@ -2,7 +2,7 @@
 
 from statistics import mean, stdev
 
-from load_phi_engram import spanish
+from engram.console import spanish
 from study.small import LONG, METHODS, SEEDS, SHORT, study_rows
 
 

@@ -1,0 +1,126 @@
+"""What every script says and is told: errors as one Spanish sentence, command lines and numbers in Spanish."""
+
+import argparse
+import codecs
+import difflib
+import errno
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+
+from phi1_engram import EngramFileError
+
+ASCII_SIGNS = str.maketrans(
+    {"✅": "OK", "❌": "ERROR:", "⚠": "AVISO:", "→": "->", "–": "-", "—": "-", "·": "-", "«": '"', "»": '"', "×": "x"}
+    | dict.fromkeys("¿¡ℹ\ufe0f")
+)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its text is a Spanish sentence with the value, what is allowed, the command."""
+
+
+def unaccented(text: str) -> str:
+    """Letters alone: «código» -> «codigo», «…» -> «...»."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+
+
+def plain(error: UnicodeEncodeError) -> tuple[str, int]:
+    """Codec error handler: what a terminal cannot show goes without accents, as an ASCII sign, or is left out."""
+    text, end = error.object[error.start : error.end].translate(ASCII_SIGNS), error.end
+    text = unaccented("".join(char for char in text if unicodedata.category(char) != "So"))  # So: emojis
+    if not text:  # nor the space after an emoji
+        end += len(error.object[end:]) - len(error.object[end:].lstrip(" "))
+    return text.encode("ascii", "replace").decode(), end
+
+
+codecs.register_error("plain", plain)
+
+
+def run_script(main, argv=None):
+    """Run a script's `main(argv)` and exit: 0 when it was done, 1 with one Spanish sentence, 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")  # a terminal without UTF-8 must not kill the script
+    try:
+        sys.exit(main(argv) or 0)
+    except UserError as error:
+        message, code = f"❌ {error}", 1
+    except KeyboardInterrupt:
+        message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
+    except EngramFileError as error:
+        message, code = f"❌ {error}", 1
+    except OSError as error:
+        if error.errno not in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        what = "No queda espacio en el disco" if error.errno in NO_SPACE else "Sin permiso"
+        where = f" ({error.filename})" if error.filename else ""
+        message, code = f"❌ {what}{where}. No se ha guardado nada a medias. Libera espacio o elige otra carpeta.", 1
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+class SpanishParser(argparse.ArgumentParser):
+    """argparse whose own words are Spanish, and that guesses which flag a typo meant."""
+
+    ERRORS = (
+        (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1: «\2» no es válido; elige entre \3."),
+        (r"argument (\S+): invalid int value: '(.*)'", r"\1: «\2» no es un número entero."),
+        (r"argument (\S+): invalid float value: '(\d*),(\d+)'", r"\1: escribe el decimal con punto: \2.\3."),
+        (r"argument (\S+): invalid \S+ value: '(.*)'", r"\1: «\2» no es válido."),
+        (r"argument (\S+): expected .*arguments?", r"\1: falta el valor."),
+        (r"argument (\S+): ignored explicit argument '(.*)'", r"\1 no lleva valor («\2»)."),
+        (r"argument (\S+): not allowed with argument (\S+)", r"\1 y \2 no pueden ir juntos."),
+        (r"the following arguments are required: (.*)", r"falta \1."),
+        (r"unrecognized arguments: (.*)", r"no se reconoce «\1»."),
+    )
+
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def add_usage(self, usage, actions, groups, prefix=None):
+            super().add_usage(usage, actions, groups, prefix or "uso: ")
+
+        def start_section(self, heading):
+            super().start_section({"options": "opciones", "positional arguments": "argumentos"}.get(heading, heading))
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": self.Help, "allow_abbrev": False, "add_help": False, **kwargs})
+        self.add_argument("-h", "--help", action="help", help="muestra esta ayuda y termina")
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        flags = re.findall(r"--[\w-]+", self.format_help())
+        close = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        for english, spanish in self.ERRORS:
+            message = re.sub(f"^{english}$", spanish, message, flags=re.DOTALL)
+        hint = f" ¿Querías decir {close[0]}?" if close else ""
+        self.exit(2, f"{self.format_usage()}❌ {message}{hint} Todas las opciones: python {self.prog} --help\n")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU, or torch's allocator on the CPU, had no memory left."""
+    known = ("not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
+    )
+
+
+def spanish(number, digits=0):
+    """1234.5 -> «1.234,5»: a Spanish reader takes the comma for the decimal sign."""
+    return f"{number:,.{digits}f}".translate(str.maketrans(",.", ".,"))
+
+
+def gigabytes(size):
+    return f"{spanish(size / 1e9, 2)} GB" if size > 1e8 else f"{spanish(size / 1e6, 2)} MB"
+
+
+def peak_memory() -> int | None:
+    """Most bytes of RAM that this process has held, pages of mapped files included; None elsewhere than on Linux."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return None

@@ -1,0 +1,242 @@
+"""Opening checkpoints, from a folder or the Hub: found, read, opened, or explained in Spanish."""
+
+import difflib
+import os
+import re
+import shlex
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+
+from engram.console import UserError
+from engram.folders import no_space
+from phi1_engram import MEMORY_FILE, PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
+
+# Otherwise transformers asks a server to convert pickled weights; here they are refused.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+MADE_BY = {
+    "phi1-engram": "python load_phi_engram.py",
+    "phi1-engram-trained": "python train_phi_engram.py",
+    "phi1-engram-demo": "python train_phi_engram.py --demo",
+}
+
+
+@contextmanager
+def quiet():
+    """Without the libraries' English notes and bars; downloads keep their bar."""
+    logs = transformers.logging, huggingface_hub.logging
+    before, bars = [log.get_verbosity() for log in logs], transformers.logging.is_progress_bar_enabled()
+    for log in logs:
+        log.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if bars and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        for log, verbosity in zip(logs, before):
+            log.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+@contextmanager
+def explained(name):
+    """Turn whatever fails while the model `name` is opened into a UserError."""
+    try:
+        with quiet():
+            yield
+    except (UserError, EngramFileError):
+        raise
+    except Exception as error:
+        raise UserError(_explanation(error, name)) from error
+
+
+def _explanation(error, name):
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+
+    def found(*kinds):
+        return next((link for link in chain if isinstance(link, kinds)), None)
+
+    hub = huggingface_hub.constants
+    status = getattr(getattr(found(hub_errors.HfHubHTTPError), "response", None), "status_code", None)
+    token = "export HF_TOKEN=hf_… (se crea en https://huggingface.co/settings/tokens)"
+    if any(map(no_space, chain)):
+        return (
+            f"No queda espacio en el disco para descargar «{name}» en {hub.HF_HUB_CACHE}. Libera espacio o elige "
+            "otro sitio: export HF_HOME=/otra/carpeta"
+        )
+    if found(MemoryError, torch.OutOfMemoryError) or any("can't allocate memory" in str(link) for link in chain):
+        return f"No hay memoria suficiente para abrir «{name}». Cierra otros programas o usa float16."
+    if found(hub_errors.GatedRepoError):
+        return f"«{name}» es de acceso restringido. Pídelo en https://huggingface.co/{name} y pon tu llave: {token}"
+    if status in (401, 403) or found(hub_errors.RepositoryNotFoundError):
+        return (
+            f"El Hub no tiene ningún modelo «{name}», o es privado. Comprueba el nombre (usuario/nombre, por ejemplo "
+            f"{PHI_1}); si es tuyo y privado, pon tu llave: {token}"
+        )
+    if found(hub_errors.HFValidationError):
+        return f"«{name}» no es una carpeta ni un nombre del Hub (usuario/nombre, por ejemplo {PHI_1})."
+    if found(hub_errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
+        type(link).__module__.startswith("httpx") for link in chain
+    ):
+        reason = " (HF_HUB_OFFLINE=1 lo impide)" if hub.HF_HUB_OFFLINE else ""
+        reason = f" (respondió con el error {status})" if status else reason
+        return (
+            f"No se puede traer «{name}» del Hub, {hub.ENDPOINT}{reason}, y no está en este equipo. Comprueba la "
+            "conexión y repite la orden. --modelo admite también una carpeta con el modelo; y sin el Hub funciona: "
+            "python train_phi_engram.py --demo"
+        )
+    if found(SafetensorError):
+        reason = " ".join(str(found(SafetensorError)).split())
+        return f"Un archivo .safetensors de «{name}» está dañado o a medias ({reason}). Vuelve a copiarlo entero."
+    absent = re.search(r"(?:no|have a|have) files? named \(?'?([^\s,')]+)", " ".join(map(str, chain)))
+    if absent and absent[1].startswith(("model.safetensors", "pytorch_model")):
+        return (
+            f"«{name}» no trae sus pesos en formato safetensors ({absent[1]}). Los .bin y .pt se rechazan, porque "
+            "abrirlos puede ejecutar código ajeno. Usa una versión del modelo con .safetensors."
+        )
+    if absent:
+        return f"A «{name}» le falta el archivo {absent[1]}. Vuelve a copiar el modelo entero."
+    return f"No se pudo abrir «{name}»: {' '.join(str(error).split())[:400] or type(error).__name__}"
+
+
+def find_model(name) -> str:
+    """A folder or a Hub name. A folder that is not there is found out here, not by asking the Hub for it."""
+    path = os.path.expanduser(str(name))
+    if os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        raise UserError(f"«{name}» es un archivo. Indica la carpeta que lo contiene: {os.path.dirname(path) or '.'}")
+    if path.count("/") == 1 and path[0] not in "./~" and path[-1] != "/" and "\\" not in path:
+        return path
+    parent, base = os.path.split(os.path.normpath(path))
+    close = difflib.get_close_matches(base, [folder.parent.name for folder in Path(parent).glob("*/config.json")], 1)
+    hint = f" ¿Querías decir {os.path.join(parent, close[0])}?" if close else ""
+    if base in MADE_BY:
+        place = f" --salida {name}" if base == "phi1-engram" and parent else ""
+        hint = f" Se crea con: {MADE_BY[base]}{place}."
+    raise UserError(
+        f"No existe la carpeta «{name}».{hint} Se admite una carpeta con un modelo o un nombre del Hub "
+        f"(usuario/nombre, por ejemplo {PHI_1})."
+    )
+
+
+def where_from(name) -> dict:
+    """Keywords for `from_pretrained`: the local cache alone where the Hub does not answer, which else takes minutes."""
+    hub = huggingface_hub.constants
+    host = urlsplit(hub.ENDPOINT)
+    if os.path.isdir(name) or hub.HF_HUB_OFFLINE or {"http", "https", "all"} & set(getproxies()):
+        return {}
+    try:
+        socket.create_connection((host.hostname, host.port or {"http": 80}.get(host.scheme, 443)), timeout=5).close()
+        return {}
+    except OSError:
+        return {"local_files_only": True}
+
+
+def read_config(name) -> dict:
+    """config.json as it is written: a class would fill in defaults that are not the checkpoint's."""
+    with explained(name):
+        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+            raise UserError(f"La carpeta «{name}» no contiene config.json, así que no es un modelo guardado.")
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name, **where_from(name))
+        return {"model_type": None, **config}
+
+
+def open_tokenizer(name, **source):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a checkpoint without one
+        raise UserError(f"A «{name}» le falta el tokenizer. Copia a su lado tokenizer.json y tokenizer_config.json.")
+    return tokenizer
+
+
+def open_checked(name, new=None, **kwargs):
+    """`PhiEngramForCausalLM.from_pretrained`, safetensors only, with every tensor accounted for.
+
+    Args:
+        new: tensors with this in their name may be missing from the checkpoint.
+    """
+    model, info = PhiEngramForCausalLM.from_pretrained(
+        name, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+    )
+    missing = [key for key in info["missing_keys"] if new is None or new not in key]
+    shapes = [f"{key} (es {list(has)}, debe ser {list(wants)})" for key, has, wants in info["mismatched_keys"]]
+    problems = {"faltan": missing, "sobran": info["unexpected_keys"], "no tienen la forma de config.json": shapes}
+    for problem, keys in problems.items():
+        if keys:
+            listed = ", ".join(sorted(keys)[:8]) + (" …" if len(keys) > 8 else "")
+            raise UserError(f"Los pesos de «{name}» no encajan: {problem} {len(keys)} tensor(es): {listed}.")
+    return model.eval()
+
+
+def open_model(name, dtype=None, device=None, storage="auto", memory=None):
+    """Open a checkpoint of Phi with memory.
+
+    Args:
+        name: folder, or user/name on the Hub.
+        dtype: torch dtype or its name; by default the checkpoint's.
+        storage: where the memory's rows live: "gpu", "ram", "disco" or "auto".
+        memory: a memory to put in place of its own: folder, or user/name on the Hub.
+    Returns:
+        model (eval mode, on `device`), tokenizer.
+    Raises:
+        UserError: it cannot be opened; a Spanish sentence says what to do.
+    """
+    name = find_model(name)
+    kind = read_config(name)["model_type"]
+    if kind == "phi":
+        command = f"python load_phi_engram.py --modelo {shlex.quote(name)} --salida mi-phi-engram"
+        raise UserError(f"«{name}» es un Phi sin memoria Engram. Injértasela con: {command}")
+    if kind != PhiEngramConfig.model_type:
+        command = "python load_phi_engram.py"
+        raise UserError(f"«{name}» no es un Phi con memoria Engram (model_type: {kind}). Para crear uno: {command}")
+    with explained(name):
+        source = where_from(name)
+        tokenizer = open_tokenizer(name, **source)
+        model = open_checked(name, dtype=dtype or "auto", engram_storage=storage, **source)
+        model = model if device is None else model.to(device)
+    if memory is not None:
+        change_memory(model, memory)
+    return model, tokenizer
+
+
+def change_memory(model, name):
+    """Put the memory of the folder or Hub name `name` in place of the model's own."""
+    name = os.path.expanduser(str(name))
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
+        raise UserError(
+            f"La carpeta «{name}» no contiene {MEMORY_FILE}, así que no es una memoria. Se guarda una con: "
+            "python load_phi_engram.py --modelo CARPETA --solo-memoria --salida mi-memoria"
+        )
+    with explained(name):
+        try:
+            model.load_memory(name, **where_from(name))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def add_memory_options(parser):
+    """The flags that say where the memory lives and which one it is, the same in every script."""
+    parser.add_argument(
+        "--memoria", default="auto", choices=PLACES, metavar="SITIO",
+        help=f"dónde están las filas de la memoria: {', '.join(PLACES)} (por defecto, auto: lo más rápido que quepa)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cambiar-memoria", metavar="CARPETA_O_NOMBRE", help="usa esta otra memoria, entrenada sobre el mismo Phi"
+    )
+
+
+def about_memory(model) -> str:
+    """Where the memory is and why, as one Spanish line."""
+    return f"Memoria en {model.memory_place}: {model.memory_reason}."
