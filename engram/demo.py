@@ -18,9 +18,10 @@ from engram.console import spanish
 from engram.corpus import Skipped, documents, prepare_corpus, standard_library, text_files
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
+from engram.optimizers import make_optimizer
 from engram.processes import make_accelerator, prepare
 from engram.sharing import result_line, result_table
-from train_phi_engram import Recipe, evaluate, make_optimizer, run_steps, stop_requests, train_model
+from engram.training import Recipe, evaluate, run_steps, stop_requests, train_model
 
 # A small model trained from scratch takes, and needs, far higher rates.
 DEMO_RECIPE = Recipe(

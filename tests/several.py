@@ -14,9 +14,10 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 import torch
 from safetensors.torch import save_file
 
+import engram.optimizers as optimizers
 import engram.processes as processes
+import engram.training as training
 import test_rows
-import train_phi_engram as train
 from engram.rows import TrainedTables
 
 BLOCKS = 4  # per step, whatever the number of processes
@@ -36,7 +37,7 @@ def main(folder, *wishes):
     recipe = dict(batch=1, accumulate=BLOCKS // world, processes=world, shard_model=parts)
     recipe = test_rows.replace(test_rows.RECIPE, **recipe)
     with TrainedTables(model, "adam", world, "shard" in wishes) as tables:
-        optimizer = train.make_optimizer(model, *test_rows.RATES, tables=tables)
+        optimizer = optimizers.make_optimizer(model, *test_rows.RATES, tables=tables)
         ready = processes.prepare(accelerator, model, optimizer)
         if "scaled" in wishes:  # float16's loss scaling without its precision
             accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
@@ -66,7 +67,7 @@ def main(folder, *wishes):
                     part.state.clear()
                 processes.load_parts(model, *held)
 
-        train.run_steps(
+        training.run_steps(
             accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="", on_step=on_step
         )  # fmt: skip
         state = accelerator.unwrap_model(ready[0]).state_dict()

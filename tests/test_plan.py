@@ -14,6 +14,7 @@ import engram.plan as planning
 import helpers
 import train_phi_engram as train_script
 from engram.console import UserError, run_script
+from engram.optimizers import make_optimizer
 from engram.plan import Choice, Machine, account, command, named_machine, search, shapes, traced
 from engram.rows import TrainedTables
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
@@ -55,7 +56,7 @@ def test_each_item_after_a_real_step(config, phase, optimizer, row_state):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(phase == 2 or "engram" in name)
     with TrainedTables(model, row_state) as tables:
-        made = train_script.make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, optimizer, tables)
+        made = make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, optimizer, tables)
         ids = helpers.random_ids(model, 2, 16)
         model(ids, labels=ids).loss.backward()
         made.collect()
@@ -102,7 +103,7 @@ def test_a_checkpoint_and_the_final_folder_are_as_large_as_planned(config, tmp_p
     model = PhiEngramForCausalLM(config)
     accelerator = train_script.make_accelerator()
     with TrainedTables(model, "adam") as tables:
-        optimizer = train_script.make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, "adamw", tables)
+        optimizer = make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, "adamw", tables)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         ids = helpers.random_ids(model, 2, 16)
         accelerator.backward(prepared(ids, labels=ids).loss)

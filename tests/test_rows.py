@@ -10,13 +10,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import engram.corpus as corpora
+import engram.optimizers as optimizers
+import engram.training as training
 import helpers
-import train_phi_engram as train
 from engram.console import UserError
 from engram.rows import TrainedTable, TrainedTables
 from phi1_engram import EngramTable
 
-RECIPE = train.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
+RECIPE = training.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
 RATES = (1e-3, 5e-3, 1e-2, 0.1)  # backbone, dense memory, rows; decay
 
 
@@ -28,7 +30,7 @@ def fresh_model():
 
 def corpus(model, n_tokens=400):
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, n_tokens).astype(np.uint16)
-    return train.Corpus("azar", tokens, tokens, 3.0, 1, [], "")
+    return corpora.Corpus("azar", tokens, tokens, 3.0, 1, [], "")
 
 
 def trained(steps=4, row_state="adam", stays=False, poison=None, scaler=None, **recipe):
@@ -39,11 +41,11 @@ def trained(steps=4, row_state="adam", stays=False, poison=None, scaler=None, **
     accelerator, losses = Accelerator(), []
     accelerator.scaler = scaler
     with TrainedTables(model, row_state) as tables:
-        optimizer = train.make_optimizer(model, *RATES, tables=tables)
+        optimizer = optimizers.make_optimizer(model, *RATES, tables=tables)
         if poison:
             poison(model)
         ready = accelerator.prepare(model, optimizer)
-        train.run_steps(
+        training.run_steps(
             accelerator, *ready, corpus(model), replace(RECIPE, **recipe), steps=steps, label="",
             on_step=lambda step, loss, seconds: losses.append(loss),
         )  # fmt: skip
@@ -66,10 +68,10 @@ def with_torch_optimisers(steps, accumulate, clip):
     model.train()
     for step in range(steps):
         for group, rate in full:
-            group["lr"] = rate * train.rate_factor(step, steps)
+            group["lr"] = rate * optimizers.rate_factor(step, steps)
         read, loss = [set() for _ in tables], 0.0
         for micro in range(accumulate):
-            ids = train.batch_at(tokens, step * accumulate + micro, recipe)
+            ids = corpora.batch_at(tokens, step * accumulate + micro, recipe)
             part = model(ids, labels=ids, use_cache=False).loss / accumulate
             part.backward()
             loss += part.item()
@@ -127,7 +129,7 @@ def test_host_memory_gives_the_bits_of_the_device(row_state, monkeypatch):
 def test_only_read_rows_move_and_none_by_more_than_the_rate(row_state):
     model, before = fresh_model(), fresh_model()
     with TrainedTables(model, row_state) as tables:
-        optimizer = train.make_optimizer(model, *RATES, tables=tables)
+        optimizer = optimizers.make_optimizer(model, *RATES, tables=tables)
         model.train()
         ids = helpers.random_ids(model, 2, 16)
         model(ids, labels=ids).loss.backward()
@@ -199,14 +201,14 @@ def test_a_step_whose_gradient_is_no_number_is_skipped_whole(only_rows, scaled, 
 
 def test_gradients_that_stay_no_numbers_stop_the_run_with_advice():
     with pytest.raises(UserError, match="20 pasos seguidos.*--tasas 0.3"):
-        trained(train.PATIENCE + 5, poison=spoil(set(range(1000))))
+        trained(training.PATIENCE + 5, poison=spoil(set(range(1000))))
 
 
-@pytest.mark.parametrize("kind", helpers.installed(train.OPTIMIZERS))
+@pytest.mark.parametrize("kind", helpers.installed(optimizers.OPTIMIZERS))
 def test_every_parameter_has_one_rate_and_decay_where_it_belongs(kind):
     model = helpers.make_model()
     with TrainedTables(model, "adam") as tables:
-        optimizer = train.make_optimizer(model, *RATES, kind=kind, tables=tables)
+        optimizer = optimizers.make_optimizer(model, *RATES, kind=kind, tables=tables)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             group = groups.pop(id(parameter))
@@ -232,7 +234,7 @@ def test_recomputed_activations_give_the_same_rows_gradients():
     for recompute in (False, True):
         model.train()
         if recompute:
-            train.recompute_activations(model)
+            training.recompute_activations(model)
         with TrainedTables(model, "adam") as tables:
             model(ids, labels=ids).loss.backward()
             gradients.append([holder.grad for holder in tables.collect()])

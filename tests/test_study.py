@@ -1,6 +1,7 @@
 """The study's own machinery: rows kept, near-duplicates found, grafts exact. Its figures are its own."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from transformers import PhiForCausalLM
 
 import helpers
 from study import small as study
-from train_phi_engram import replace
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch
 import engram.corpus as corpora
 import engram.demo as demo
 import engram.sharing as share
+import engram.training as training
 import helpers
 import train_phi_engram as train
 from engram.console import UserError, run_script
@@ -26,7 +27,7 @@ from engram.graft import load_phi_1_with_engram
 from hub import Hub
 
 ROOT = Path(train.__file__).parent
-RECIPE = train.Recipe(
+RECIPE = training.Recipe(
     1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=32, accumulate=2, steps=(4, 4)
 )
 
@@ -72,9 +73,9 @@ SMALL = ["--longitud", 32, "--lote", 2, "--acumular", 1, "--pasos-fase1", 3, "--
 def test_evaluation_is_the_mean_loss_of_the_held_out_blocks(tokenizer):
     model = helpers.make_model(vocab_size=51200)
     held_out = np.random.default_rng(0).integers(0, 51200, 5 * 32 + 7).astype(np.uint16)
-    corpus = train.Corpus("prueba", held_out, held_out, bytes_per_token=3.0, documents=1, skipped=[], digest="")
+    corpus = corpora.Corpus("prueba", held_out, held_out, bytes_per_token=3.0, documents=1, skipped=[], digest="")
     model.train()
-    measured = train.evaluate(model, corpus, RECIPE, "cpu")
+    measured = training.evaluate(model, corpus, RECIPE, "cpu")
     assert model.training
     blocks = torch.from_numpy(held_out[: 5 * 32].astype(np.int64)).view(5, 32)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tm
     model, tokenizer = open_grafted(grafted)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)
-    outcome = train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(4, 0)), tmp_path / "fuera")
+    outcome = training.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(4, 0)), tmp_path / "fuera")
     assert "ni un bit" in capsys.readouterr().out
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all("engram" in name for name in changed)
@@ -105,16 +106,16 @@ def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tm
 def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)
-    steps = train.run_steps
+    steps = training.run_steps
 
     def meddle(*args, **kwargs):
         with torch.no_grad():
             model.model.final_layernorm.bias[0] += 1e-3
         return steps(*args, **kwargs)
 
-    monkeypatch.setattr(train, "run_steps", meddle)
+    monkeypatch.setattr(training, "run_steps", meddle)
     with pytest.raises(RuntimeError, match="backbone"):
-        train.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(2, 0)), tmp_path / "fuera")
+        training.train_model(model, tokenizer, corpus, replace(RECIPE, steps=(2, 0)), tmp_path / "fuera")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def whole(grafted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("entero")
     model, tokenizer = open_grafted(grafted)
     corpus = corpora.prepare_corpus(tokenizer, helpers.write_code(folder / "codigo"), length=32)
-    train.train_model(model, tokenizer, corpus, RECIPE, folder / "entero")
+    training.train_model(model, tokenizer, corpus, RECIPE, folder / "entero")
     return model.state_dict()
 
 
@@ -131,7 +132,7 @@ def whole(grafted, tmp_path_factory):
 def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
     grafted, code, whole, tmp_path, monkeypatch, stop_at
 ):
-    steps = train.run_steps
+    steps = training.run_steps
 
     def interrupted(*args, label, on_step, **kwargs):
         def on_step_then_signal(step, loss, spent):
@@ -145,10 +146,10 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
     def trained(name, resume=False):
         model, tokenizer = open_grafted(grafted)
         corpus = corpora.prepare_corpus(tokenizer, code, length=32)
-        return model, train.train_model(model, tokenizer, corpus, RECIPE, tmp_path / name, resume=resume)
+        return model, training.train_model(model, tokenizer, corpus, RECIPE, tmp_path / name, resume=resume)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "run_steps", interrupted)
+        patch.setattr(training, "run_steps", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trained("partido")
     resumed, outcome = trained("partido", resume=True)
@@ -163,24 +164,24 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)
     output = tmp_path / "fuera"
     with pytest.raises(UserError, match="ningún punto de control"):
-        train.train_model(model, tokenizer, corpus, RECIPE, output, resume=True)
+        training.train_model(model, tokenizer, corpus, RECIPE, output, resume=True)
 
     def full_disk(*_):
         raise UserError("No queda espacio")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_trained", full_disk)
+        patch.setattr(training, "save_trained", full_disk)
         with pytest.raises(UserError, match="espacio"):
-            train.train_model(model, tokenizer, corpus, RECIPE, output)
+            training.train_model(model, tokenizer, corpus, RECIPE, output)
     assert [path.name for path in (tmp_path / "fuera-checkpoints").iterdir()] == ["fase-2-paso-0000004"]
     with pytest.raises(UserError, match="--reanudar"):
-        train.train_model(model, tokenizer, corpus, RECIPE, output)
+        training.train_model(model, tokenizer, corpus, RECIPE, output)
     with pytest.raises(UserError, match="tasa de Phi 0,001 entonces, 0,5 ahora"):
-        train.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
+        training.train_model(model, tokenizer, corpus, replace(RECIPE, backbone_rate=0.5), output, resume=True)
     with pytest.raises(UserError, match="el texto de --datos no es el mismo"):
-        train.train_model(model, tokenizer, replace(corpus, digest="otro"), RECIPE, output, resume=True)
+        training.train_model(model, tokenizer, replace(corpus, digest="otro"), RECIPE, output, resume=True)
     resumed, _ = open_grafted(grafted)
-    outcome = train.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
+    outcome = training.train_model(resumed, tokenizer, corpus, RECIPE, output, resume=True)
     assert len(outcome["history"]) == 8 and len(outcome["results"]) == 3
     weights = helpers.saved_tensors(output)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -254,8 +255,8 @@ def test_nothing_of_the_user_is_replaced(grafted, code, tmp_path, monkeypatch, c
         return gathered(*args, **kwargs)
 
     (tmp_path / "otro-checkpoints").rename(tmp_path / "codigo")
-    gathered = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: monkeypatch.undo() or later(*args, **kwargs))
+    gathered = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *args, **kwargs: monkeypatch.undo() or later(*args, **kwargs))
     assert run_here("--modelo", grafted, "--datos", tmp_path / "codigo", *SMALL, "--salida", tmp_path / "nuevo") == 1
     assert "no la voy a pisar" in capsys.readouterr().err
     assert (tmp_path / "nuevo" / "tesis.txt").read_text() == "más" and own.read_text() == "años de trabajo"

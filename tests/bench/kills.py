@@ -22,21 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import matplotlib.pyplot  # noqa: F401
 import torch
+from accelerate.utils import set_seed
 
 import engram.corpus as corpora
 import engram.demo as demo
+import engram.training as training
 import train_phi_engram as train
 
 # Where a kill may fall: what is being done, and the function that does it.
 PLACES = {
     "tokenizar": (corpora, "_tokenise"),
-    "un paso": (train, "batch_at"),
-    "evaluar": (train, "evaluate"),
-    "guardar un punto de control": (train, "write_checkpoint"),
-    "empezar una fase": (train, "make_optimizer"),
-    "comparar Phi entre fases": (train, "fingerprint"),
-    "guardar el resultado": (train, "save_trained"),
-    "borrar los puntos de control": (train, "discard"),
+    "un paso": (training, "batch_at"),
+    "evaluar": (training, "evaluate"),
+    "guardar un punto de control": (training, "write_checkpoint"),
+    "empezar una fase": (training, "make_optimizer"),
+    "comparar Phi entre fases": (training, "fingerprint"),
+    "guardar el resultado": (training, "save_trained"),
+    "borrar los puntos de control": (training, "discard"),
 }
 OUTPUT = "entrenado"
 OPTIONS = ["--modelo", "modelo", "--datos", "texto", "--salida", OUTPUT, "--longitud", "64", "--lote", "2"]
@@ -49,7 +51,7 @@ def make_model(folder):
 
     from engram.graft import load_phi_1_with_engram
 
-    train.set_seed(0)
+    set_seed(0)
     files = [path for path in corpora.text_files(corpora.standard_library()) if path.stat().st_size < 8000][:150]
     (folder / "texto").mkdir()
     for number, path in enumerate(files):

@@ -19,8 +19,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import engram.demo as demo
-import train_phi_engram as train
+import engram.training as training
 from engram.console import SpanishParser, gigabytes, run_script, spanish
+from engram.corpus import prepare_corpus
 from engram.graft import load_phi_1_with_engram
 from engram.opening import open_model, quiet
 from phi1_engram import MEMORY_FILE, PRECISIONS
@@ -30,13 +31,13 @@ TOKENS = 3_000_000  # of each package, at most
 
 
 def loss(model, corpus) -> float:
-    return train.evaluate(model, corpus, demo.DEMO_RECIPE, model.device)["loss"]
+    return training.evaluate(model, corpus, demo.DEMO_RECIPE, model.device)["loss"]
 
 
 def precisions(name, work) -> dict:
     """{precision: {"loss", "bytes"}} of the same memory."""
     model, tokenizer = open_model(name)
-    corpus = train.prepare_corpus(tokenizer, length=demo.DEMO_RECIPE.length)
+    corpus = prepare_corpus(tokenizer, length=demo.DEMO_RECIPE.length)
     rows = {}
     print(f"\n| filas de {name} | pérdida apartada | diferencia | ocupan |\n| --- | --- | --- | --- |")
     for precision in PRECISIONS:
@@ -58,9 +59,9 @@ def swapped(name, work, steps: int) -> dict:
     for package in PACKAGES:
         model, tokenizer = load_phi_1_with_engram(name, **demo.DEMO_ENGRAM)
         source = Path(importlib.util.find_spec(package).origin).parent
-        corpora[package] = train.prepare_corpus(tokenizer, source, length=recipe.length, max_tokens=TOKENS)
-        print(f"\n{corpora[package].describe()}")
-        train.train_model(model, tokenizer, corpora[package], recipe, work / f"entrenado-{package}", save_every=10**9)
+        corpora[package] = corpus = prepare_corpus(tokenizer, source, length=recipe.length, max_tokens=TOKENS)
+        print(f"\n{corpus.describe()}")
+        training.train_model(model, tokenizer, corpus, recipe, work / f"entrenado-{package}", save_every=10**9)
         folders[package] = work / package
         model.save_memory(folders[package])
     rows = {}

@@ -18,14 +18,15 @@ path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, set_seed
 
 from engram.console import SpanishParser, run_script, spanish
 from engram.corpus import prepare_corpus, standard_library, text_files
 from engram.demo import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer
+from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
+from engram.training import evaluate, run_steps
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
-from train_phi_engram import evaluate, make_optimizer, run_steps, set_seed
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 MEMORY = dict(engram_layer_ids=[1, 2], engram_vocab_size=[5000] * 2, n_embed_per_ngram=64, n_head_per_ngram=4)

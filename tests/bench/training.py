@@ -24,9 +24,9 @@ from transformers import PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, run_script, spanish
+from engram.optimizers import clip_gradients, make_optimizer
 from engram.rows import ROW_STATES, TrainedTables
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
-from train_phi_engram import clip_gradients, make_optimizer
 
 SHAPE = dict(
     vocab_size=51200, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,

@@ -34,7 +34,9 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 import engram.demo as demo
-import train_phi_engram as train
+import engram.optimizers as optimizers
+import engram.processes as processes
+import engram.training as training
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files
 from engram.folders import whole_folder
@@ -418,7 +420,7 @@ def base_row() -> dict:
     _, corpus = study_corpus("stdlib")
     trained = json.loads((base_folder() / "fila.json").read_text())
     model = PhiForCausalLM.from_pretrained(base_folder())
-    loss = train.evaluate(model, corpus, RECIPE, "cpu")["loss"]
+    loss = training.evaluate(model, corpus, RECIPE, "cpu")["loss"]
     tokens = BASE_STEPS * RECIPE.tokens_per_step
     return dict(loss=loss, steps=BASE_STEPS, tokens=tokens, seconds=trained["seconds"], rate=demo.DEMO_BASE_RATE)
 
@@ -456,7 +458,7 @@ def engram_row(seed: int, steps, rate=None, recipe=None, config=None, without=No
 
 def train_memory(model, tokenizer, corpus, recipe) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
-        outcome = train.train_model(model, tokenizer, corpus, recipe, Path(scratch) / "engram", save_every=10**9)
+        outcome = training.train_model(model, tokenizer, corpus, recipe, Path(scratch) / "engram", save_every=10**9)
     before, *after = outcome["results"]
     return dict(
         loss=after[-1]["loss"], before=before["loss"], after_phases=[row["loss"] for row in after],
@@ -474,15 +476,14 @@ def pace_row(rounds: int = 20) -> dict:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(name != "frozen" or "engram" in key)
         tables = None if name == "control" else TrainedTables(model, RECIPE.row_state)
-        optimizer = train.make_optimizer(model, 1e-3, 2.5e-3, 2e-2, 0.1, tables=tables)
-        accelerator = train.make_accelerator()
+        optimizer = optimizers.make_optimizer(model, 1e-3, 2.5e-3, 2e-2, 0.1, tables=tables)
+        accelerator = processes.make_accelerator()
         runners[name] = (accelerator, *accelerator.prepare(model, optimizer))
     seconds = {name: [] for name in runners}
     for step in range(rounds):
         for name, (accelerator, model, optimizer) in runners.items():
-            seconds[name].append(
-                train.run_steps(accelerator, model, optimizer, corpus, RECIPE, steps=step + 1, first=step, label=name)
-            )
+            held = accelerator, model, optimizer, corpus, RECIPE
+            seconds[name].append(training.run_steps(*held, steps=step + 1, first=step, label=name))
     return {name: median(values[2:]) for name, values in seconds.items()}
 
 
@@ -495,7 +496,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
     size = in_use(memory)
     model = PhiForCausalLM.from_pretrained(base_folder())
     if method == "nada":
-        losses = [train.evaluate(model, corpus, recipe, "cpu")["loss"] for corpus in (new, old)]
+        losses = [training.evaluate(model, corpus, recipe, "cpu")["loss"] for corpus in (new, old)]
         return dict(loss=losses[0], old=losses[1])
     rate = rate or best_rate(f"{domain}-{method}-")
     set_seed(seed)
@@ -511,7 +512,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
             widen(model, size)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row = demo.train_plain(model, new, recipe, rate, steps=steps, offset=0, label=method)
-    forgotten = train.evaluate(model, old, recipe, "cpu")["loss"]
+    forgotten = training.evaluate(model, old, recipe, "cpu")["loss"]
     tokens = steps * recipe.tokens_per_step
     return dict(
         loss=row["loss"], old=forgotten, rate=rate, steps=steps, tokens=tokens, seconds=row["seconds"], trained=trained

@@ -1,0 +1,121 @@
+"""Optimisers of dense weights beside the rows that a step reads: one step, one clipping norm, one schedule."""
+
+import math
+
+import torch
+
+from engram.processes import average_gradients, beside_parts, in_any_process, whole
+
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
+
+
+class EngramOptimizer(torch.optim.Optimizer):
+    """Optimisers of dense weights, and the rows that a step reads, behind one `step`.
+
+    As one optimiser it makes one decision when a float16 gradient overflows: all of it steps, or nothing does.
+    """
+
+    def __init__(self, parts, tables=None, table_rate=0.0):
+        self.parts, self.tables = parts, tables
+        groups = [group for part in parts for group in part.param_groups]
+        self.rows = dict(params=[], lr=table_rate)
+        super().__init__([*groups, self.rows], {})
+
+    def collect(self):
+        """After the last backward of a step: exchange rows between processes, and take their gradients in."""
+        if self.tables:
+            self.rows["params"] = beside_parts(self.tables.collect(), self.parts[0].param_groups[0]["params"][0])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+        if self.tables:
+            self.tables.step(self.rows["lr"])
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+        self.param_groups = [*(group for part in self.parts for group in part.param_groups), self.rows]
+
+
+def make_optimizer(
+    model, backbone_rate: float, memory_rate: float, table_rate: float, decay: float, kind="adamw", tables=None
+) -> EngramOptimizer:
+    """Groups of the parameters that require a gradient, beside `tables`, the rows (TrainedTables; no weight decay).
+
+    Args:
+        kind: "adamw"; "adamw8bit", with 8-bit states (bitsandbytes); "adafactor", whose second moments are factored
+            (Shazeer and Stern, 2018); or "muon" for matrices inside the layers and AdamW for the rest.
+    """
+    groups = {"matrices": [], "outer": [], "vectors": [], "memory": [], "memory_vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = parameter.ndim != 2
+            if "engram" in name:
+                groups["memory_vectors" if vector else "memory"].append(parameter)
+            elif vector:
+                groups["vectors"].append(parameter)
+            else:
+                groups["matrices" if ".layers." in name else "outer"].append(parameter)
+    rates = dict.fromkeys(groups, backbone_rate) | dict(memory=memory_rate, memory_vectors=memory_rate)
+    # full_lr is what the schedule multiplies.
+    groups = {
+        name: dict(
+            params=parameters, lr=rates[name], full_lr=rates[name],
+            weight_decay=decay if name in ("matrices", "outer") else 0.0,
+        )
+        for name, parameters in groups.items() if parameters
+    }  # fmt: skip
+    parts = []
+    if kind == "muon":
+        hidden = [groups.pop(name) for name in ("matrices", "memory") if name in groups]
+        # Its updates scaled to those of AdamW, so that the same rates serve.
+        parts.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as rest
+    else:
+        rest = torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW
+    if groups:
+        parts.append(rest(list(groups.values())))
+    optimizer = EngramOptimizer(parts, tables, table_rate)
+    optimizer.rows["full_lr"] = table_rate
+    return optimizer
+
+
+def clip_gradients(accelerator, optimizer, limit: float) -> float:
+    """Bring together what all processes found, and scale all gradients, those of rows too, to a joint norm of at most
+    `limit`. Returns the norm before.
+
+    The norm is what it would be with the whole tables' dense gradients.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
+    average_gradients(dense)
+    inner.collect()
+    rows = [row for _, row in inner.tables.pairs.values()] if inner.tables else []
+    if accelerator.scaler is not None and inner.tables and inner.tables.sharded:
+        # Rows that overflow are seen by their keeper alone, and the scalers of all have to skip the same steps.
+        if in_any_process(not all(row.grad.isfinite().all() for row in rows), accelerator.device):
+            dense[0].grad.mul_(math.nan)
+    accelerator.unscale_gradients(optimizer)
+    squares = whole(torch.nn.utils.get_total_norm([p.grad for p in dense]) ** 2)
+    own = sum((p.grad.square().sum() for p in rows), torch.zeros((), device=squares.device))
+    if inner.tables and inner.tables.sharded:
+        torch.distributed.all_reduce(own)
+    norm = (squares + own).sqrt().float()
+    for parameters in (dense, rows):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
