@@ -9,24 +9,19 @@
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import torch
-    from transformers import GenerationConfig, StoppingCriteria
     from transformers import logging as transformers_logging
 
-    from engram.analyses import gate_values
     from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish, unaccented
-    from engram.graft import CHAT_TEMPLATE
+    from engram.conversation import TEMPERATURE, Chat, interruptible
     from engram.opening import about_memory, add_memory_options, open_model
     from phi1_engram import EngramFileError
 except ImportError as error:
@@ -37,9 +32,6 @@ except ImportError as error:
 
 FOLDERS = ("phi1-engram-trained", "phi1-engram", "phi1-engram-demo")  # the first that is there
 YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
-TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
-# Where the model stops answering and begins to play the user, or opens another turn of its own.
-OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
 ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
 ADVICE = (
     "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
@@ -71,258 +63,6 @@ OUT_OF_MEMORY = (
     "chat.\n"
     "  3. No ejecutes otros modelos pesados en la misma sesión."
 )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The answer while it is being generated
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-_asked = []  # a signal for each Ctrl-C since the last `interruptible` began
-
-
-@contextmanager
-def interruptible():
-    """Meanwhile the first Ctrl-C stops an answer after the present token, and the second at once.
-
-    As an exception it could come up inside a library's callback, and be lost there.
-    """
-    _asked.clear()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-
-    def ask(number, frame):
-        _asked.append(number)
-        if len(_asked) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Answer(StoppingCriteria):
-    """Streams an answer word by word, and stops it where the model starts to speak for the user.
-
-    Transformers calls it after each token. A word is shown once the next one begins, so that half a character, or the
-    beginning of "\\nUser:" cut over several tokens, is never seen.
-
-    Args:
-        prompt: int64 [1, T], the tokens before the answer.
-        code: raw completion; white space is kept and no turn is looked for.
-        write: takes each piece of text.
-    """
-
-    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write):
-        self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt.shape[1], code, write
-        self.ids, self.text = prompt, ""  # ids: int64 [1, T], with the prompt; text: what has been shown
-        self.cut = False  # by Ctrl-C
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        self.ids = input_ids
-        self.cut = bool(_asked)
-        stop = self._show(final=False) or self.cut
-        return torch.full((len(input_ids),), stop, device=input_ids.device)
-
-    def finish(self) -> str:
-        """Show the last word. Returns the whole answer."""
-        self._show(final=True)
-        return self.text
-
-    def pieces(self) -> list[tuple[str, int]]:
-        """What has been shown, cut where its tokens are: (text, position of its token in `ids`)."""
-        whole, end, pieces = self._decode(), 0, []
-        first = 0 if self.code else len(whole) - len(whole.lstrip())
-        for position in range(self.prompt_length, self.ids.shape[1]):
-            text = self._decode(position + 1)
-            if text.endswith("\ufffd") and text != whole:  # a part of a character
-                continue
-            start, end = end, len(text)
-            piece = whole[max(start, first) : min(end, first + len(self.text))]
-            pieces += [(piece, position)] if piece else []
-        return pieces
-
-    def _decode(self, end=None) -> str:
-        tokens = self.ids[0, self.prompt_length : end].tolist()
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _show(self, final: bool) -> bool:
-        text = self._decode()
-        turn = None
-        if not self.code:
-            text = text.lstrip()
-            turn = OTHER_TURN.search(text)
-        if turn:
-            text = text[: turn.start()].rstrip()
-        elif not final:
-            text = text[: re.search(r"\s*\S*\Z", text).start()]
-        elif not self.code:
-            text = text.rstrip()
-        self.write(text[len(self.text) :])
-        self.text = text
-        return turn is not None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The conversation
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """What an answer follows from, besides the model."""
-
-    text: str
-    turns: list[dict]  # the conversation before it
-    code: bool
-    seed: int
-
-
-class Chat:
-    """A model, the conversation so far, and how to answer.
-
-    Args:
-        code: complete raw code, each time from nothing, instead of conversing.
-        max_tokens: longest answer; half the context at most, so that the question fits too.
-        temperature: 0 takes the likeliest token always.
-        seed: the same question in the same conversation gets the same answer; None: another each time.
-    """
-
-    def __init__(self, model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
-        self.model, self.tokenizer = model, tokenizer
-        self.code, self.temperature, self.seed = code, temperature, seed
-        self.memory = model.model.use_memory  # whether answers use it
-        self.context = model.config.max_position_embeddings
-        self.max_tokens = min(max_tokens, self.context // 2)
-        self.turns = []  # [{"role": "user" or "assistant", "content": text}]
-        self.forgotten = 0  # turns that the last answer had no room for
-        self.question = self.given = None  # the last Question, and its Answer if it had the memory
-
-    def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
-        """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
-        template = self.tokenizer.chat_template or CHAT_TEMPLATE
-        while True:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-            ids = self.tokens(text)
-            excess = ids.shape[1] + self.max_tokens - self.context
-            if excess <= 0:
-                return ids, turns
-            if len(turns) == 1:
-                raise UserError(
-                    f"Tu mensaje es demasiado largo: sobran {excess} tokens de los {self.context} que el modelo puede "
-                    f"leer, {self.max_tokens} de ellos para la respuesta. Acórtalo, o usa un --max-tokens menor."
-                )
-            turns = turns[2:]
-
-    def tokens(self, text: str) -> torch.LongTensor:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # bytes that a terminal could not decode
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-
-    def ask(self, text: str) -> Question:
-        seed = torch.Generator().seed() if self.seed is None else self.seed  # known, to be answered a second time
-        return Question(text, self.turns, self.code, seed)
-
-    def answer(self, text: str, write) -> str:
-        """Answer `text`, giving each piece to `write` as it comes, and keep both in the conversation.
-
-        Raises:
-            UserError: the text does not fit into the context.
-            KeyboardInterrupt: cut short; what had been said is kept.
-        """
-        question = self.ask(text)
-        answer, turns = self.reply(question, self.memory, write)
-        self.forgotten = len(self.turns) + 1 - len(turns)
-        if answer.text and not question.code:  # a question without an answer would be answered next time
-            self.turns = [*turns, {"role": "assistant", "content": answer.text}]
-        if answer.cut:
-            raise KeyboardInterrupt
-        return answer.text
-
-    def compare(self, text: str = "") -> tuple[str, str]:
-        """Answers with memory and without, of the same seed, to `text` or the last question; neither is kept.
-
-        Raises:
-            UserError: no question yet, or it does not fit.
-            KeyboardInterrupt: cut short.
-        """
-        if not text and self.question is None:
-            raise UserError("Aún no has preguntado nada. Pregunta algo, o escribe «comparar» y la pregunta detrás.")
-        question, said = self.ask(text) if text else self.question, {}
-        for memory in (False, True):  # in this order the gates of the second can be seen
-            answer, _ = self.reply(question, memory, lambda piece: None)
-            if answer.cut:
-                raise KeyboardInterrupt
-            said[memory] = answer.text
-        return said[True], said[False]
-
-    def gates(self) -> tuple[list[tuple[str, int]], dict[int, list[float]]]:
-        """The last answer's pieces, as in `Answer.pieces`, and every position's gate (0..1) in each layer.
-
-        Raises:
-            UserError: no answer yet, or it was given without memory.
-        """
-        if self.question is None:
-            raise UserError("Aún no hay ninguna respuesta que ver. Pregunta algo primero.")
-        if self.given is None:
-            raise UserError(
-                "La última respuesta se dio sin memoria, así que no hay nada que ver. Escribe «memoria sí» y pregunta "
-                "otra vez, o «comparar»."
-            )
-        with self.using(True):
-            gates = gate_values(self.model, self.given.ids)
-        return self.given.pieces(), {layer: alpha[0].tolist() for layer, alpha in gates.items()}
-
-    def forget(self):
-        self.turns, self.question, self.given = [], None, None
-
-    def reply(self, question: Question, memory: bool, write) -> tuple[Answer, list[dict]]:
-        """An answer, perhaps cut short, and the turns that it follows from."""
-        turns = []
-        if question.code:  # the end is what it goes on from
-            ids = self.tokens(question.text)[:, self.max_tokens - self.context :]
-        else:
-            ids, turns = self.fit([*question.turns, {"role": "user", "content": question.text}])
-        ids = ids.to(self.model.device)
-        answer = Answer(self.tokenizer, ids, question.code, write)
-        self.question, self.given = question, answer if memory else None
-        torch.manual_seed(question.seed % 2**63)
-        try:
-            with self.using(memory):
-                self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
-                )
-        except KeyboardInterrupt:
-            answer.cut = True
-        answer.finish()
-        return answer, turns
-
-    @contextmanager
-    def using(self, memory: bool):
-        """Meanwhile the model has its memory, or has not; a chat leaves the model as it was."""
-        decoder = self.model.model
-        before, decoder.use_memory = decoder.use_memory, memory
-        try:
-            yield
-        finally:
-            decoder.use_memory = before
-
-    def plan(self) -> GenerationConfig:
-        """How to generate; nothing is left to the checkpoint but its stop tokens."""
-        ends = {self.tokenizer.eos_token_id}
-        for config in (self.model.config, self.model.generation_config):
-            eos = config.eos_token_id
-            ends.update(eos if isinstance(eos, (list, tuple)) else [eos])
-        ends = sorted(ends - {None})
-        samples = self.temperature >= 0.01  # below, dividing by it overflows, and the choice is the likeliest anyway
-        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 0.95} if samples else {}
-        return GenerationConfig(
-            max_new_tokens=self.max_tokens, do_sample=samples, num_beams=1, eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else self.model.config.engram_pad_id, **sampling,
-        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------

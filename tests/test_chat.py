@@ -21,10 +21,10 @@ import torch
 
 import chat_phi_engram as chat_script
 from chat_phi_engram import Chat, run_chat
+from engram.checks import tokenizer_on_the_spot
 from engram.console import run_script
 from engram.graft import CHAT_TEMPLATE
 from phi1_engram import CACHE
-from verify_phi_engram import tokenizer_on_the_spot
 
 SCRIPT = Path(chat_script.__file__)
 

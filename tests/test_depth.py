@@ -3,18 +3,22 @@
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-import engram.analyses as depth_script
-import engram.corpus
-import train_phi_engram
+import engram.analyses as analyses
+import engram.corpus as corpora
+import engram.pictures as pictures
+import engram.probes as probes
+import engram.report as reports
 import verify_phi_engram
-from engram.analyses import KINDS, RunningCKA, gate_values, gram, label_tokens, lens, run_states, unbiased_hsic
+from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
 from engram.console import UserError, run_script
+from engram.probes import KINDS, label_tokens
 from helpers import make_phi, phi_state_dict, random_ids
 
 CODE = '''import os  # qué señal más útil
@@ -116,8 +120,8 @@ def test_cka_keeps_no_more_for_more_text():
 
 def test_soft_alignment_is_the_weighted_centre_of_the_most_similar():
     similarity = torch.tensor([[0.1, 0.9, 0.3, 0.0], [0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
-    assert depth_script.alignment(similarity, 2).tolist() == pytest.approx([(0.9 + 2 * 0.3) / 1.2, 2.5])
-    assert depth_script.alignment(similarity, 1)[0] == 1
+    assert analyses.alignment(similarity, 2).tolist() == pytest.approx([(0.9 + 2 * 0.3) / 1.2, 2.5])
+    assert analyses.alignment(similarity, 1)[0] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def test_states_are_those_that_transformers_phi_gives(model):
     hidden = phi(ids, output_hidden_states=True).hidden_states
     for own, theirs in zip(states[:-1], hidden):
         assert torch.equal(own, theirs)
-    with depth_script.memory_off(model):
+    with analyses.memory_off(model):
         for own, theirs in zip(run_states(model, ids)[0], states):
             assert torch.equal(own, theirs)
     assert model.model.use_memory
@@ -186,7 +190,7 @@ def test_gates_equal_the_layers_own_arithmetic(model):
     alone = gate_values(model, ids[:1, 5:])
     padded = gate_values(model, ids, mask)
     torch.testing.assert_close(padded[1][0, 5:], alone[1][0], rtol=1e-4, atol=1e-4)
-    with depth_script.memory_off(model):
+    with analyses.memory_off(model):
         assert gate_values(model, ids) == {}
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -195,7 +199,7 @@ def test_gates_equal_the_layers_own_arithmetic(model):
 def test_without_an_order_equals_tables_whose_rows_of_it_are_zero(make_model):
     model = make_model()
     ids = random_ids(model, 2, 15)
-    with depth_script.without_order(model, 3):
+    with analyses.without_order(model, 3):
         found = model(ids).logits
     whole = model(ids).logits
     for i, table in enumerate(model.model.engram_tables.values()):
@@ -207,13 +211,13 @@ def test_without_an_order_equals_tables_whose_rows_of_it_are_zero(make_model):
 def test_error_of_a_mean_is_that_of_its_blocks():
     values = torch.tensor([[1.0, 3.0], [5.0, 7.0], [0.0, 2.0]])
     everything = torch.ones(3, 2, dtype=torch.bool)
-    mean, error = depth_script.mean_and_error(values, everything)
+    mean, error = analyses.mean_and_error(values, everything)
     assert (mean, error) == pytest.approx((3, np.std([2, 6, 1], ddof=1) / 3**0.5))
     everything[1] = False
-    mean, error = depth_script.mean_and_error(values, everything)
+    mean, error = analyses.mean_and_error(values, everything)
     assert (mean, error) == pytest.approx((1.5, 0.5))
     everything[0] = False
-    assert depth_script.mean_and_error(values, everything) == (1, 1)  # one block says nothing of its error
+    assert analyses.mean_and_error(values, everything) == (1, 1)  # one block says nothing of its error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def test_each_token_has_the_kind_that_python_gives_it(small_tokenizer):
     offsets = small_tokenizer(CODE, return_offsets_mapping=True)["offset_mapping"]
     for name in names:
         inside = [i for i, (a, b) in enumerate(offsets) if a < name.end() and b > name.start()]
-        comment_or_string = kinds[inside[-1]] in (depth_script.COMMENT, depth_script.STRING, depth_script.NUMBER)
+        comment_or_string = kinds[inside[-1]] in (probes.COMMENT, probes.STRING, probes.NUMBER)
         if len(inside) > 1 and not comment_or_string:
             ends.add(inside[-1])
     assert set(np.flatnonzero(last)) == ends and len(ends) > 5
@@ -249,18 +253,18 @@ def test_each_token_has_the_kind_that_python_gives_it(small_tokenizer):
 @pytest.mark.parametrize("text", ["Esto es prosa, no código.\n", "def f(:\n", "x = 1\n  y = 2\n"])
 def test_what_is_no_python_stays_unclassified(small_tokenizer, text):
     kinds, last = label_tokens(small_tokenizer(text)["input_ids"], small_tokenizer)
-    assert (kinds == depth_script.OTHER).all() and not last.any()
+    assert (kinds == probes.OTHER).all() and not last.any()
 
 
 def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace, monkeypatch):
     def by_place(ids, tokenizer):
         return np.arange(len(ids)) % 7, np.zeros(len(ids), bool)
 
-    monkeypatch.setattr(depth_script, "label_tokens", by_place)
+    monkeypatch.setattr(probes, "label_tokens", by_place)
     for i in range(400):
         (workplace / f"{i}.py").write_text(f"valor_{i} = {i}\n" * (3 + i % 5))
-    sample = depth_script.held_out_blocks(small_tokenizer, str(workplace), 16, 32)
-    corpus = engram.corpus.prepare_corpus(small_tokenizer, str(workplace), length=32)
+    sample = probes.held_out_blocks(small_tokenizer, str(workplace), 16, 32)
+    corpus = corpora.prepare_corpus(small_tokenizer, str(workplace), length=32)
     held = np.asarray(corpus.held_out, np.int64)
     chosen = np.unique(np.linspace(0, len(held) // 32 - 1, min(len(held) // 32, 16)).astype(int))
     assert torch.equal(sample.ids, torch.from_numpy(np.stack([held[i * 32 :][:32] for i in chosen])))
@@ -268,18 +272,18 @@ def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace,
     place, expected = 0, np.zeros(len(held), int)
     for i, token in enumerate(held):
         is_end = token == small_tokenizer.eos_token_id
-        expected[i], place = (depth_script.OTHER, 0) if is_end else (place % 7, place + 1)
+        expected[i], place = (probes.OTHER, 0) if is_end else (place % 7, place + 1)
     assert sample.kinds.tolist() == [expected[i * 32 :][:32].tolist() for i in chosen]
     assert "aparta" in sample.origin
 
 
 def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, workplace):
     (workplace / "uno.py").write_text(CODE * 4)
-    sample = depth_script.held_out_blocks(small_tokenizer, "uno.py", 16, 64)
+    sample = probes.held_out_blocks(small_tokenizer, "uno.py", 16, 64)
     assert len(sample.ids) > 2 and "entero" in sample.origin
     (workplace / "dos.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="demasiado corto"):
-        depth_script.held_out_blocks(small_tokenizer, "dos.py", 16, 64)
+        probes.held_out_blocks(small_tokenizer, "dos.py", 16, 64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +293,7 @@ def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, wor
 
 def test_ngrams_are_told_apart_exactly():
     ids = np.random.default_rng(0).integers(0, 5, (4, 30))
-    codes = depth_script.ngram_codes(ids, pad=3, max_order=4)
+    codes = analyses.ngram_codes(ids, pad=3, max_order=4)
     for order in (2, 3, 4):
         padded = [[3] * (order - 1) + row.tolist() for row in ids]
         true = [tuple(row[t : t + order]) for row in padded for t in range(30)]
@@ -303,8 +307,8 @@ def test_collisions_and_untrained_lookups_counted_by_hand(make_model):
     tables, config = model.model.engram_tables, model.config
     tables["1"].weight[::3] = 0
     ids = random_ids(model, 4, 50)
-    sample = depth_script.Sample(ids, torch.zeros(4, 50), torch.zeros(4, 50), np.zeros(0, np.uint16), "")
-    health = depth_script.table_health(model, sample)
+    sample = probes.Sample(ids, torch.zeros(4, 50), torch.zeros(4, 50), np.zeros(0, np.uint16), "")
+    health = analyses.table_health(model, sample)
     indices = model.model.ngram_indices(ids)[1]
     for head, found in enumerate(health["capas"]["1"]):
         order = 2 + head // config.n_head_per_ngram
@@ -334,7 +338,7 @@ def test_foretold_sharing_is_what_chance_gives():
     rng = np.random.default_rng(0)
     throws = [rng.integers(0, 50, 40) for _ in range(400)]
     shared = np.mean([np.mean([Counter(throw.tolist())[row] > 1 for row in throw]) for throw in throws])
-    assert depth_script.foretold_sharing(40, 50) == pytest.approx(shared, abs=0.01)
+    assert analyses.foretold_sharing(40, 50) == pytest.approx(shared, abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,7 +377,7 @@ def test_command_leaves_pictures_numbers_and_report(capsys, models, workplace):
     assert code == 0, err
     assert "uno-control" in out and "profundidad/informe.md" in out
     place = workplace / "profundidad"
-    pictures = set(dict(depth_script.PICTURES))
+    pictures = set(dict(reports.PICTURES))
     assert {file.name for file in place.iterdir()} == {*pictures, "numeros.json", "informe.md"}
     assert all((place / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     numbers = json.loads((place / "numeros.json").read_text(encoding="utf-8"))
@@ -393,14 +397,14 @@ def test_command_leaves_pictures_numbers_and_report(capsys, models, workplace):
 
 
 def test_an_empty_memory_shows_no_effect_anywhere(models, workplace, monkeypatch):
-    quick = tuple((name, depth_script.draw_lens) for name, _ in depth_script.PICTURES)
-    monkeypatch.setattr(depth_script, "PICTURES", quick)
+    quick = tuple((name, pictures.draw_lens) for name, _ in reports.PICTURES)
+    monkeypatch.setattr(reports, "PICTURES", quick)
     for _ in range(2):  # the second run replaces the first one's folder
-        numbers = depth_script.depth(str(models / "vacio"), source=str(models / "texto.py"), n_blocks=4)
+        numbers = reports.depth(str(models / "vacio"), source=str(models / "texto.py"), n_blocks=4)
     assert numbers["gemelo"] == "sin memoria"
     assert all(pair == (0, 0) for pair in numbers["logitlens"]["diferencia"])
     assert numbers["logitlens"]["modelo"] == numbers["logitlens"]["gemelo"]
-    for key in depth_script.PROBES:
+    for key in analyses.PROBES:
         found = numbers["cka"][key]
         assert [found["matriz"][s][s] for s in range(5)] == pytest.approx([1] * 5)
         assert found["alineacion"] == pytest.approx(found["propia"])
@@ -417,15 +421,15 @@ def test_an_empty_memory_shows_no_effect_anywhere(models, workplace, monkeypatch
 def test_loss_is_that_of_train_model(models, workplace, small_tokenizer):
     from engram.opening import open_model
 
-    sample = depth_script.held_out_blocks(small_tokenizer, str(models / "texto.py"), 8, 64)
+    sample = probes.held_out_blocks(small_tokenizer, str(models / "texto.py"), 8, 64)
     model, _ = open_model(str(models / "uno"))
-    corpus = train_phi_engram.Corpus("", sample.train, sample.ids.flatten().numpy(), 1.0, 1, [], "")
-    recipe = train_phi_engram.Recipe(0, (0, 0), (0, 0), batch=2, length=64)
-    numbers = depth_script.analyse(model, None, small_tokenizer, sample)
-    expected = train_phi_engram.evaluate(model, corpus, recipe, "cpu")["loss"]
+    corpus = corpora.Corpus("", sample.train, sample.ids.flatten().numpy(), 1.0, 1, [], "")
+    recipe = training.Recipe(0, (0, 0), (0, 0), batch=2, length=64)
+    numbers = analyses.analyse(model, None, small_tokenizer, sample)
+    expected = training.evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["perdida"] == pytest.approx(expected, rel=1e-5)
-    with depth_script.memory_off(model):
-        off = train_phi_engram.evaluate(model, corpus, recipe, "cpu")["loss"]
+    with analyses.memory_off(model):
+        off = training.evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["cambios"]["sin memoria"][0] == pytest.approx(off - expected, abs=1e-5)
 
 
@@ -434,15 +438,15 @@ def test_reports_say_what_the_numbers_say():
         states = {"kl": [1.0] * len(gaps), "acuerdo": [0.5] * len(gaps)}
         found = {"modelo": states, "gemelo": states, "diferencia": gaps}
         numbers = {"gemelo": "control", "logitlens": found, "puertas": {"capas": {"1": {}}}}
-        return "\n".join(depth_script.report_lens(numbers))
+        return "\n".join(reports.report_lens(numbers))
 
     assert "Se ve lo que dice" in lens_report((-0.1, 0.01), (-0.1, 0.01), (0.3, 0.01))
     mixed = lens_report((-0.1, 0.01), (0.1, 0.01), (0, 0))
     assert "**No se ve" in mixed and "Más baja en: entrada. Más alta en: 0." in mixed
     assert "**No se ve" in lens_report((-0.1, 0.01), (-0.1, 0.09), (0, 0))  # within two errors
     assert "no cambia nada" in lens_report((0, 0), (0, 0), (0, 0))
-    assert depth_script.signed(-0.0001) == "0,000" and depth_script.signed(-1.25, 1) == "−1,2"
-    assert depth_script.visible("a `\n|") == "`a·ˋ↵¦`"
+    assert reports.signed(-0.0001) == "0,000" and reports.signed(-1.25, 1) == "−1,2"
+    assert reports.visible("a `\n|") == "`a·ˋ↵¦`"
 
 
 def test_twins_that_do_not_fit(capsys, models, workplace, small_tokenizer, make_model):
@@ -472,6 +476,6 @@ def test_flags_that_go_together(capsys, models):
 
 
 def test_without_matplotlib(capsys, models, monkeypatch, workplace):
-    monkeypatch.setitem(depth_script.sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run_main(capsys, "--profundidad", models / "uno")
     assert code == 1 and "pip install matplotlib" in err and not list(workplace.glob("*profundidad*"))

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import engram.counting as counting
 import engram.plan as planning
 import helpers
 import train_phi_engram as train_script
 from engram.console import UserError, run_script
-from engram.optimizers import make_optimizer
-from engram.plan import Choice, Machine, account, command, named_machine, search, shapes, traced
+from engram.counting import Choice, Machine, account, shapes, traced
+from engram.optimizers import OPTIMIZERS, make_optimizer
+from engram.plan import command, named_machine, search
+from engram.processes import make_accelerator
 from engram.rows import TrainedTables
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
@@ -49,7 +52,7 @@ def test_parameters_are_those_of_the_model(config):
 
 
 @pytest.mark.parametrize("row_state", ["adam", "fila"])
-@pytest.mark.parametrize("optimizer", helpers.installed(train_script.OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", helpers.installed(OPTIMIZERS))
 @pytest.mark.parametrize("phase", [1, 2])
 def test_each_item_after_a_real_step(config, phase, optimizer, row_state):
     model = PhiEngramForCausalLM(config).train()
@@ -83,7 +86,7 @@ def test_each_item_after_a_real_step(config, phase, optimizer, row_state):
 def test_the_step_without_contents_is_the_step(config, phase, recompute):
     """The storages that live in a real step on the CPU, counted in the same way, have the same peak."""
     model = PhiEngramForCausalLM(config).train()
-    live = planning.LiveStorage(config.vocab_size, {})
+    live = counting.LiveStorage(config.vocab_size, {})
     if recompute:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -101,7 +104,7 @@ def test_the_step_without_contents_is_the_step(config, phase, recompute):
 
 def test_a_checkpoint_and_the_final_folder_are_as_large_as_planned(config, tmp_path):
     model = PhiEngramForCausalLM(config)
-    accelerator = train_script.make_accelerator()
+    accelerator = make_accelerator()
     with TrainedTables(model, "adam") as tables:
         optimizer = make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.1, "adamw", tables)
         prepared, optimizer = accelerator.prepare(model, optimizer)

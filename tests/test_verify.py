@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+import engram.checks as checks
 import phi1_engram
 import verify_phi_engram as verify_script
 from engram.console import run_script
@@ -26,7 +27,7 @@ def model(make_model):
 
 @pytest.fixture(scope="module")
 def small_tokenizer():
-    return verify_script.tokenizer_on_the_spot()
+    return checks.tokenizer_on_the_spot()
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def folder(tmp_path_factory, make_model, small_tokenizer):
 @pytest.fixture
 def without_stranger(monkeypatch):
     """Leave out the check that starts another process: seconds each time, and these tests are about the others."""
-    quick = [check for check in verify_script.CHECKS if check[1] is not verify_script.check_saved]
-    monkeypatch.setattr(verify_script, "CHECKS", quick)
+    quick = [check for check in checks.CHECKS if check[1] is not checks.check_saved]
+    monkeypatch.setattr(checks, "CHECKS", quick)
 
 
 def run_main(capsys, *arguments):
@@ -94,9 +95,9 @@ def test_without_the_hub(capsys, monkeypatch, without_stranger):
     def nowhere(*args, **kwargs):
         raise OSError("not cached, no network")
 
-    monkeypatch.setattr(verify_script.AutoTokenizer, "from_pretrained", nowhere)
-    monkeypatch.setattr(verify_script.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(verify_script.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(checks.AutoTokenizer, "from_pretrained", nowhere)
+    monkeypatch.setattr(checks.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checks.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     code, marks, out, _ = run_main(capsys)
     assert code == 0 and all(marks.values()), out
     assert "No se llega al Hub" in out and "2000 tokens" in out
@@ -241,8 +242,8 @@ def test_saving_that_loses_or_changes_a_tensor(capsys, monkeypatch, model):
             save_file(tensors, file, metadata={"format": "pt"})
 
         monkeypatch.setattr(phi1_engram.PhiEngramForCausalLM, "save_pretrained", save_badly)
-        monkeypatch.setattr(verify_script, "_free_memory", lambda device: 0)  # the files alone tell
-        found, tolerance = verify_script.check_saved(model, verify_script.probe(model, None))
+        monkeypatch.setattr(checks, "_free_memory", lambda device: 0)  # the files alone tell
+        found, tolerance = checks.check_saved(model, checks.probe(model, None))
         assert found > tolerance
     assert "model.engram_hash.multipliers" in capsys.readouterr().out
 
@@ -256,29 +257,29 @@ def test_saved_code_that_does_not_open(capsys, monkeypatch, model):
             code.write("raise RuntimeError('broken on purpose')\n")
 
     monkeypatch.setattr(phi1_engram.PhiEngramForCausalLM, "save_pretrained", save_badly)
-    found, tolerance = verify_script.check_saved(model, verify_script.probe(model, None))
+    found, tolerance = checks.check_saved(model, checks.probe(model, None))
     assert found > tolerance and "broken on purpose" in capsys.readouterr().out
 
 
 def test_no_room_to_save_is_said(capsys, monkeypatch, model):
-    usage = verify_script.shutil._ntuple_diskusage(10, 10, 0)
-    monkeypatch.setattr(verify_script.shutil, "disk_usage", lambda place: usage)
-    assert verify_script.check_saved(model, verify_script.probe(model, None)) is None
+    usage = checks.shutil._ntuple_diskusage(10, 10, 0)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: usage)
+    assert checks.check_saved(model, checks.probe(model, None)) is None
     assert "B libres" in capsys.readouterr().out
 
 
 def test_a_projection_of_another_tokenizer(make_model, small_tokenizer):
     size = len(small_tokenizer)
     model = make_model(tokenizer=small_tokenizer, vocab_size=size, engram_tokenizer_compression=True)
-    check, ids = verify_script.check_projection(small_tokenizer), verify_script.probe(model, small_tokenizer)
+    check, ids = checks.check_projection(small_tokenizer), checks.probe(model, small_tokenizer)
     assert check(model, ids) == (0.0, 0.0)
     model.model.engram_hash.token_map[[5, 9]] += 1
     assert check(model, ids) == (2.0, 0.0)
 
 
 def test_libraries_too_old(capsys, monkeypatch, without_stranger):
-    monkeypatch.setattr(verify_script.importlib.metadata, "version", lambda name: "1.0")
-    assert verify_script.check_versions()[0] >= 4
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "1.0")
+    assert checks.check_versions()[0] >= 4
     assert "pip install -U -r requirements.txt" in capsys.readouterr().out
 
 
@@ -289,6 +290,6 @@ def test_a_wrong_name_is_one_spanish_sentence(capsys):
 
 def test_a_difference_that_is_no_number_is_infinite():
     a = torch.zeros(2, 2)
-    assert verify_script.difference(a, a * float("nan")) == float("inf")
-    assert verify_script.difference(a, a[:1]) == float("inf")
-    assert verify_script.difference(a, a + 0.5) == 0.5
+    assert checks.difference(a, a * float("nan")) == float("inf")
+    assert checks.difference(a, a[:1]) == float("inf")
+    assert checks.difference(a, a + 0.5) == 0.5

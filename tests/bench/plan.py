@@ -26,9 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, run_script, spanish
+from engram.counting import Choice, account
 from engram.demo import DEMO_SHAPE
 from engram.optimizers import make_optimizer
-from engram.plan import Choice, account, flops_per_token, matmul_flops, steady_allocator, this_machine
+from engram.plan import flops_per_token, matmul_flops, steady_allocator, this_machine
 from engram.processes import leave_processes, make_accelerator, prepare
 from engram.rows import TrainedTables
 from engram.training import PHI_1_RECIPE, run_steps

@@ -1,0 +1,431 @@
+"""The checks of a model against what must hold; `verify_phi_engram.py` runs them and tells."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants as hub
+from packaging.requirements import Requirement
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from engram.console import gigabytes, spanish
+from engram.graft import graft_difference
+from phi1_engram import (
+    CACHE,
+    PHI_1,
+    TABLE_FILE,
+    PhiEngramConfig,
+    PhiEngramForCausalLM,
+    TableFile,
+    vocabulary_projection,
+)
+
+SEED = 0
+TOKENS = 24  # probe length: more than the memory looks back (9 conv inputs and 2 tokens), and cheap at 1.4B
+FILL = 0.1  # standard deviation of the numbers put into an untrained memory, so that it shows
+CORE = ("torch", "transformers", "tokenizers", "numpy", "sympy", "accelerate")
+PROBE_TEXT = '''def suma(valores):
+    """Devuelve la suma de una lista de números."""
+    total = 0
+    for valor in valores:
+        total += valor
+    return total
+'''
+# Opens the saved folder as a stranger would: another process and folder, nothing of this project imported.
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, ids, logits, device, attention, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=attention)
+with torch.no_grad():
+    torch.save(model.to(device).eval()(torch.load(ids).to(device)).logits.cpu(), logits)
+"""
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; infinite where shapes differ or a number is not finite."""
+    if a.shape != b.shape:
+        return math.inf
+    largest = (a.double() - b.to(a.device).double()).abs().max().item() if a.numel() else 0.0
+    return largest if math.isfinite(largest) else math.inf
+
+
+def rounding(logits: torch.Tensor) -> float:
+    """What two orders of the same sums may differ by: 1e-4 in float32, more where logits are large or precision low."""
+    size = max(1.0, logits.float().abs().max().item() / 10)
+    return max(1e-4, 32 * torch.finfo(logits.dtype).eps) * size
+
+
+def number(value: float) -> str:
+    return f"{value:.2g}".replace(".", ",")
+
+
+def note(text: str):
+    print(f"   ℹ️  {text}", flush=True)
+
+
+def check_graft(model, ids):
+    """A fresh memory on this backbone against transformers' own Phi with the same weights, bit for bit."""
+    backbone = {name: tensor for name, tensor in model.state_dict().items() if "engram" not in name}
+    # Small tables, not this model's: untrained rows are all alike, and the backbone is lent, so this costs no memory.
+    small = {"engram_vocab_size": [1000] * (model.config.max_ngram_size - 1), "engram_tokenizer_compression": False}
+    config, worst = PhiEngramConfig(**{**model.config.to_dict(), **small}), 0.0
+    for attention in ("eager", "sdpa"):
+        grafted = PhiEngramForCausalLM.from_pretrained(
+            None, config=config, state_dict=dict(backbone), attn_implementation=attention, dtype=model.dtype,
+            device_map={"": str(model.device)},
+        )  # fmt: skip
+        worst = max(worst, graft_difference(grafted.eval(), ids))
+    return worst, 0.0
+
+
+def check_memory_acts(model, ids):
+    """How many Engram layers add nothing, or something that is not finite."""
+    added = {}
+    hooks = [
+        model.model.layers[i].engram.register_forward_hook(lambda _, args, out, i=i: added.update({i: out}))
+        for i in model.config.engram_layer_ids
+    ]
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if model.memory_place == "disco" and not any(out.any() for out in added.values()):
+        note("Memoria sin entrenar y en disco, donde no se le pueden poner números de prueba. Usa: --memoria ram")
+        return None
+    works = [i for i, out in added.items() if out.isfinite().all() and out.any()]
+    return float(len(hooks) - len(works)), 0.0
+
+
+def check_projection(tokenizer):
+    """How many entries of the stored vocabulary projection are not those of the tokenizer that goes with the model."""
+
+    def check(model, ids):
+        config, stored = model.config, model.model.engram_hash.token_map.cpu()
+        if config.engram_tokenizer_compression:
+            expected = vocabulary_projection(tokenizer, config.vocab_size, config.engram_pad_id)
+        else:
+            expected = torch.arange(config.vocab_size)
+        return float((stored != expected).sum()), 0.0
+
+    return check
+
+
+def check_steps(model, ids):
+    """All at once against one token at a time, and in chunks."""
+    whole, worst = model(ids, use_cache=False).logits, 0.0
+    for size in (1, 7):
+        past, pieces = None, []
+        for chunk in ids.split(size, dim=1):
+            output = model(chunk, cache=past, use_cache=True)
+            past = output[CACHE]
+            pieces.append(output.logits)
+        worst = max(worst, difference(whole, torch.cat(pieces, dim=1)))
+    return worst, rounding(whole)
+
+
+def check_beams(model, ids):
+    """4 beams with the cache: each one's score (sum of log-probabilities) against one pass over it without cache."""
+    prompt = ids[:1, :8]
+    plan = GenerationConfig(
+        num_beams=4, num_return_sequences=4, max_new_tokens=12, min_new_tokens=12, do_sample=False, length_penalty=0.0,
+        use_cache=True, return_dict_in_generate=True, output_scores=True, eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.engram_pad_id,
+    )  # fmt: skip
+    beams = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plan)
+    logits = model(beams.sequences, use_cache=False).logits
+    said = beams.sequences[:, prompt.shape[1] :, None]
+    chances = logits[:, prompt.shape[1] - 1 : -1].float().log_softmax(-1).gather(-1, said)  # [4, 12, 1]
+    return difference(beams.sequences_scores.float(), chances.sum((1, 2))), rounding(logits)
+
+
+def check_padding(model, ids):
+    """Rows of unequal length in one left-padded batch, with the cache, against each row alone."""
+    n = ids.shape[1]
+    rows = [ids[0], ids[1, : n // 2], ids[0, 2:8]]
+    batch = ids.new_full((len(rows), n), model.config.engram_pad_id)
+    mask = torch.zeros_like(batch)
+    for i, row in enumerate(rows):
+        batch[i, n - len(row) :] = row
+        mask[i, n - len(row) :] = 1
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    past, pieces = None, []
+    for start, stop in [(0, n - 4), *((k, k + 1) for k in range(n - 4, n))]:
+        output = model(
+            batch[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+            cache=past, use_cache=True,
+        )  # fmt: skip
+        past = output[CACHE]
+        pieces.append(output.logits)
+    logits = torch.cat(pieces, dim=1)
+    alone = [model(row[None], use_cache=False).logits[0] for row in rows]
+    return max(difference(a, logits[i, n - len(a) :]) for i, a in enumerate(alone)), rounding(logits)
+
+
+def check_saved(model, ids):
+    """Saved to a temporary folder: every tensor read back, and the logits of a stranger who opens it. Both exact."""
+    state = model.state_dict()
+    size = model.n_bytes
+    place = tempfile.gettempdir()
+    if shutil.disk_usage(place).free < 1.1 * size:
+        note(f"No se guarda: hacen falta {gigabytes(1.1 * size)} libres en {place} (cámbialo con la variable TMPDIR).")
+        return None
+    with tempfile.TemporaryDirectory(prefix="phi1-engram-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary, "guardado")
+        model.save_pretrained(folder)
+        lost, worst = {name for name in state if "engram_tables" not in name}, 0.0
+        with safe_open(folder / "model.safetensors", "pt") as saved:
+            for name in saved.keys():
+                worst = max(worst, difference(saved.get_tensor(name), state[name]) if name in state else math.inf)
+                lost.discard(name)
+        for layer_id, table in model.model.engram_tables.items():
+            file = folder / TABLE_FILE.format(layer_id)
+            saved = TableFile(file, f"model.engram_tables.{layer_id}.weight", table.n_rows, table.d_head)
+            for ours, theirs in zip(table.chunks(table.dtype), saved.chunks(), strict=True):
+                worst = max(worst, difference(theirs, ours))
+        if model.config.tie_word_embeddings:
+            lost.discard("lm_head.weight")
+        if lost:
+            note("Tensores que no se guardaron: " + ", ".join(sorted(lost)[:5]))
+            return math.inf, 0.0
+        if _free_memory(model.device) < 1.2 * size:
+            note("Falta memoria libre para una segunda copia: se han releído los tensores, sin abrir el modelo.")
+            return worst, 0.0
+        answer = Path(temporary, "logits.pt")
+        torch.save(ids, Path(temporary, "ids.pt"))
+        arguments = [folder, Path(temporary, "ids.pt"), answer, model.device, model.config._attn_implementation]
+        process = subprocess.run(
+            [sys.executable, "-c", STRANGER, *map(str, arguments), str(torch.get_num_threads())],
+            cwd=temporary, capture_output=True, text=True, errors="replace",
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(temporary, "modules"))},
+        )  # fmt: skip
+        if process.returncode:
+            note("Otro proceso no pudo abrirlo: " + (process.stderr.strip().splitlines() or ["sin explicación"])[-1])
+            return math.inf, 0.0
+        return max(worst, difference(model(ids, use_cache=False).logits.cpu(), torch.load(answer))), 0.0
+
+
+def check_gradient(model, ids):
+    """How many Engram tensors a training step would not reach: no gradient, all of it zero, or not finite."""
+    if not all(table.writable for table in model.model.engram_tables.values()):
+        note("Esta memoria solo se puede leer (está en disco o en int8). Se entrena con: python train_phi_engram.py")
+        return None
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if "engram" in name))
+    tables = list(model.model.engram_tables.values())
+    before = [p.requires_grad for p in parameters], [table.sparse_grad for table in tables]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        for table in tables:
+            table.sparse_grad = True  # only the rows that were read: a full table's gradient may not fit
+        with torch.enable_grad():
+            loss = model(ids, labels=ids, use_cache=False).loss
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for p, value in zip(parameters, before[0]):
+            p.requires_grad_(value)
+        for table, value in zip(tables, before[1]):
+            table.sparse_grad = value
+    missed = []
+    for name, gradient in zip(names, gradients):
+        values = gradient.coalesce().values() if gradient is not None and gradient.is_sparse else gradient
+        if values is None or not values.isfinite().all() or not values.any():
+            missed.append(name)
+    if missed:
+        note("Sin gradiente útil: " + ", ".join(missed[:5]))
+    return float(len(missed)), 0.0
+
+
+CHECKS = [
+    ("Injerto: con la memoria recién puesta, los mismos logits que el Phi de transformers", check_graft),
+    ("Memoria: cada capa Engram añade algo, y números finitos", check_memory_acts),
+    ("Caché: de una vez = token a token = por trozos", check_steps),
+    ("Haces: 4 haces con caché = cada uno recalculado sin caché", check_beams),
+    ("Relleno: cada fila de un lote desigual = la fila sola", check_padding),
+    ("Guardar y cargar: tensores y logits iguales, también con AutoModelForCausalLM en otro proceso", check_saved),
+    ("Gradiente: un paso de entrenamiento llega a toda la memoria", check_gradient),
+]
+
+
+def _free_memory(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # accelerate brings it
+
+    return psutil.virtual_memory().available
+
+
+@contextmanager
+def acting_memory(model):
+    """Give numbers to the rows of memory that are all zero (untrained), as a silent memory would pass any check.
+
+    The zeros come back afterwards.
+    """
+    rows_at_once, filled = 2**18, []
+    try:
+        for name, parameter in model.named_parameters():
+            if "engram" not in name or parameter.ndim < 2 or not parameter.is_floating_point():
+                continue
+            generator = torch.Generator(parameter.device).manual_seed(SEED)
+            for rows in parameter.data.split(rows_at_once):
+                zero = ~rows.flatten(1).any(dim=1)
+                if zero.any():
+                    filled.append((rows, zero))
+                    noise = torch.randn(rows.shape, generator=generator, device=rows.device) * FILL
+                    rows[zero] = noise[zero].to(rows.dtype)
+        yield sum(int(zero.sum()) for _, zero in filled)
+    finally:
+        for rows, zero in filled:
+            rows[zero] = 0
+
+
+def probe(model, tokenizer) -> torch.LongTensor:
+    """int64 [2, T]: a row of Python code where there is a tokenizer, and a row of any ids that the model has."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(model.config.vocab_size, (2, TOKENS), generator=generator)
+    if tokenizer is not None:
+        code = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:TOKENS]
+        ids[0, : len(code)] = torch.tensor(code)
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def verify(model, tokenizer=None, first_step: int = 1) -> bool:
+    """Run every check on `model`, printing each as a numbered step in Spanish.
+
+    The model comes back as it was. Where it was never trained, its memory holds seeded numbers meanwhile.
+
+    Args:
+        model: a PhiEngramForCausalLM, on the device where it is to be checked.
+        tokenizer: its tokenizer; with it, the stored vocabulary projection is checked too.
+    Returns:
+        True when every difference is within its tolerance.
+    """
+    checks, training, results = list(CHECKS), model.training, []
+    if tokenizer is not None:
+        checks.append(("Proyección: la guardada es la de su tokenizer", check_projection(tokenizer)))
+    model.eval()
+    try:
+        with acting_memory(model) as n_filled:
+            if n_filled:
+                note(f"{n_filled} filas de la memoria están sin entrenar: se prueban con números de semilla fija.")
+            for step, (title, check) in enumerate(checks, first_step):
+                results.append((step, *run_check(step, title, check, model, probe(model, tokenizer))))
+    finally:
+        model.train(training)
+    return conclude(results)
+
+
+def run_check(step: int, title: str, check, *arguments) -> tuple[float, float]:
+    """Run one check and print its line. A check that breaks down has failed; one that returns None was left out."""
+    print(f"{step}. {title}", flush=True)
+    try:
+        result = check(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken model may raise anything: that is a finding, not a crash
+        note(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        result = math.inf, 0.0
+    if result is None:
+        print("   ⏭️  No se ha comprobado.", flush=True)
+        return 0.0, 0.0
+    found, tolerance = result
+    mark = "✅" if found <= tolerance else "❌"
+    print(f"   {mark} diferencia {number(found)} (tolerancia {number(tolerance)})", flush=True)
+    return found, tolerance
+
+
+def conclude(results: list[tuple[int, float, float]]) -> bool:
+    """Print the last line: [(step, difference, tolerance)] -> whether all hold."""
+    failed = [result for result in results if not result[1] <= result[2]]
+    step, found, tolerance = max(failed or results, key=lambda result: result[1])
+    where = f"mayor diferencia {number(found)} (paso {step}, tolerancia {number(tolerance)})"
+    if failed:
+        print(f"\n❌ Algo no funciona: falla{'n' if len(failed) > 1 else ''} {len(failed)} de {len(results)}; {where}.")
+    else:
+        print(f"\n✅ Todo funciona: {len(results)} comprobaciones; {where}.")
+    return not failed
+
+
+def check_versions():
+    """Print the libraries found; how many of the six are missing or older than requirements.txt asks for."""
+    requirements = Path(__file__).parents[1] / "requirements.txt"
+    lines = requirements.read_text(encoding="utf-8").split() if requirements.exists() else CORE
+    wrong, found = [], []
+    for requirement in map(Requirement, lines):
+        if requirement.name not in CORE:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "0"
+        found.append(f"{requirement.name} {version}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(str(requirement))
+    print(f"   Python {platform.python_version()}, " + ", ".join(found))
+    if wrong:
+        note(f"Hace falta {', '.join(wrong)}. Ejecuta: pip install -U -r requirements.txt")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            print(f"   GPU {i}: {gpu.name}, {spanish(gpu.total_memory / 2**30, 1)} GiB{', la que se usa' * (i == 0)}")
+    else:
+        print(f"   Sin GPU: se usa la CPU ({torch.get_num_threads()} hilos)")
+    return float(len(wrong)), 0.0
+
+
+def phi_1_tokenizer():
+    """Phi-1's tokenizer from the local cache or the Hub; None where neither has it, within seconds."""
+    try:
+        return AutoTokenizer.from_pretrained(PHI_1, local_files_only=True)
+    except Exception:
+        pass
+    if hub.HF_HUB_OFFLINE:
+        return None
+    try:  # huggingface_hub would retry for most of a minute
+        urllib.request.urlopen(hub.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(PHI_1)
+    except Exception:
+        return None
+
+
+def tokenizer_on_the_spot():
+    """A byte-level BPE of 2,000 tokens, trained in a second on files that every Python has."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
+    bpe = ByteLevelBPETokenizer()
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    bpe.train_from_iterator(texts, vocab_size=2000, special_tokens=["<|endoftext|>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+
+
+def small_model(tokenizer, vocab_size: int) -> PhiEngramForCausalLM:
+    """Phi-1 in miniature: its kind of tokens and blocks, random weights, two Engram layers."""
+    config = PhiEngramConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, engram_layer_ids=[1, 2], engram_vocab_size=[5000, 5000], n_embed_per_ngram=128,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return PhiEngramForCausalLM(config, tokenizer=tokenizer)
