@@ -15,6 +15,7 @@ import engram.corpus as corpora
 import engram.pictures as pictures
 import engram.probes as probes
 import engram.report as reports
+import engram.training as training
 import verify_phi_engram
 from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
 from engram.console import UserError, run_script
