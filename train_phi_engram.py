@@ -33,7 +33,7 @@ try:
     from engram.processes import leave_processes, make_accelerator
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
-    from engram.training import PHI_1_RECIPE, RECIPES, Recipe, scaled, train_model
+    from engram.training import PHI_1_RECIPE, Recipe, scaled, train_model
     from phi1_engram import unpack
 except ImportError as error:
     sys.exit(
@@ -46,7 +46,7 @@ except ImportError as error:
 
 # What a plan repeats of the command line in the command that it proposes; the rest it proposes itself.
 REPEATED = (
-    "datos", "dataset", "max_tokens", "receta", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
+    "datos", "dataset", "max_tokens", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
     "guardar_cada", "conservar", "registro", "subir", "publico", "cambiar_memoria", "reanudar",
 )  # fmt: skip
 
@@ -69,13 +69,9 @@ def parse(argv):
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
-    parser.add_argument(
-        "--receta", choices=RECIPES, default="phi1",
-        help="phi1 (por defecto), o articulo: la del artículo de Engram, Muon y sin fase 1; sin probar con Phi-1",
-    )  # fmt: skip
     parser.add_argument("--tasas", type=float, default=1.0, help="multiplica todas las tasas (%(default)s)")
     parser.add_argument(
-        "--optimizador", choices=OPTIMIZERS, help="de los pesos densos (por defecto, adamw; muon en --receta articulo)"
+        "--optimizador", choices=OPTIMIZERS, default="adamw", help="de los pesos densos (por defecto, %(default)s)"
     )
     parser.add_argument(
         "--estado-filas", choices=ROW_STATES, default="adam",
@@ -110,9 +106,6 @@ def parse(argv):
         if name in given and value != 0:  # a phase that is left out is the plan's own word
             words = f"--{name.replace('_', '-')}"
             args.given.append(words if value is True else f"{words} {shlex.quote(str(value))}")
-    args.optimizador = args.optimizador or RECIPES[args.receta].optimizer
-    if args.receta == "articulo" and args.pasos_fase1 is None:
-        args.pasos_fase1 = 0
     least = dict(longitud=2, lote=1, acumular=1, guardar_cada=1, conservar=1, max_tokens=1)
     for name, low in (least | dict(pasos_fase1=0, pasos_fase2=0, semilla=0)).items():
         value = getattr(args, name)
@@ -132,10 +125,6 @@ def parse(argv):
         raise UserError(
             f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
             "adamw, cuyos estados ya se reparten."
-        )
-    if args.optimizador == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"--optimizador muon pide torch 2.9 o posterior y este es {torch.__version__}: pip install -U torch"
         )
     # A plan may be for another machine.
     if args.optimizador == "adamw8bit" and args.plan is None and not importlib.util.find_spec("bitsandbytes"):
@@ -248,7 +237,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
     if corpus.skipped:
         print(corpus.skipped.describe())
     recipe = replace(
-        scaled(RECIPES[args.receta], args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
+        scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
@@ -256,7 +245,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
     tokens = spanish(recipe.tokens_per_step)
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
-    print("Son las tasas de un Phi-1 ya entrenado (--receta); con sus pesos reales aún no se han probado aquí.")
+    print("Son las tasas de un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,

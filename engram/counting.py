@@ -193,18 +193,16 @@ def shapes(config):
     return _shapes(json.dumps(config.to_dict(), sort_keys=True, default=str))
 
 
-def optimizer_bytes(name: str, shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
+def optimizer_bytes(shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
     """Bytes that torch's optimiser keeps for one float32 parameter, and those that its update takes for a moment.
 
-    AdamW: two numbers per value. Adafactor: one per row and column of a matrix, or per value. Muon, for the matrices
-    inside the layers: one per value, and AdamW for the rest (float32; one more number for the count of steps). Of 8
-    bits (bitsandbytes): from 4,096 values on, two bytes per value, two scales per 256, and two tables of 256.
+    AdamW: two numbers per value. Adafactor: one per row and column of a matrix, or per value (float32; one more number
+    for the count of steps). Of 8 bits (bitsandbytes): from 4,096 values on, two bytes per value, two scales per 256,
+    and two tables of 256.
     """
     size = math.prod(shape)
     if optimizer == "adamw8bit":
         return 2 * (size + 4 * -(-size // 256) + 1024) if size >= 4096 else 8 * size, 16 * size
-    if optimizer == "muon" and len(shape) == 2 and ".layers." in name:
-        return 4 * size, 10 * size  # momentum; a float32 update and three bfloat16 matrices of the iteration
     if optimizer == "adafactor":
         kept = size // shape[-1] + size // shape[-2] if len(shape) > 1 else size
         return 4 * kept + 4, 4 * size
@@ -221,7 +219,7 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     numel = {name: math.prod(shape) for name, shape in dense}
     trained = [(name, shape) for name, shape in dense if phase == 2 or "engram" in name]
     weights, gradients = 4 * sum(numel.values()), 4 * sum(numel[name] for name, _ in trained)
-    kept, passing = zip(*(optimizer_bytes(name, shape, choice.optimizer) for name, shape in trained))
+    kept, passing = zip(*(optimizer_bytes(shape, choice.optimizer) for _, shape in trained))
     states = sum(kept)
     # On a card AdamW updates all parameters of a group at once, and takes one more number for each.
     at_once = machine.gpu and choice.optimizer == "adamw"

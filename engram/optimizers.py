@@ -6,40 +6,37 @@ import torch
 
 from engram.processes import average_gradients, beside_parts, in_any_process, whole
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
 
 class EngramOptimizer(torch.optim.Optimizer):
-    """Optimisers of dense weights, and the rows that a step reads, behind one `step`.
+    """The optimiser of dense weights, and the rows that a step reads, behind one `step`.
 
     As one optimiser it makes one decision when a float16 gradient overflows: all of it steps, or nothing does.
     """
 
-    def __init__(self, parts, tables=None, table_rate=0.0):
-        self.parts, self.tables = parts, tables
-        groups = [group for part in parts for group in part.param_groups]
-        self.rows = dict(params=[], lr=table_rate)
-        super().__init__([*groups, self.rows], {})
+    def __init__(self, dense: torch.optim.Optimizer, tables=None, table_rate=0.0):
+        self.dense, self.tables = dense, tables
+        self.rows = dict(params=[], lr=table_rate, full_lr=table_rate)
+        super().__init__([*dense.param_groups, self.rows], {})
 
     def collect(self):
         """After the last backward of a step: exchange rows between processes, and take their gradients in."""
         if self.tables:
-            self.rows["params"] = beside_parts(self.tables.collect(), self.parts[0].param_groups[0]["params"][0])
+            self.rows["params"] = beside_parts(self.tables.collect(), self.dense.param_groups[0]["params"][0])
 
     @torch.no_grad()
     def step(self, closure=None):
-        for part in self.parts:
-            part.step()
+        self.dense.step()
         if self.tables:
             self.tables.step(self.rows["lr"])
 
     def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [self.dense.state_dict()]}
 
     def load_state_dict(self, state):
-        for part, saved in zip(self.parts, state["parts"]):
-            part.load_state_dict(saved)
-        self.param_groups = [*(group for part in self.parts for group in part.param_groups), self.rows]
+        self.dense.load_state_dict(state["parts"][0])
+        self.param_groups = [*self.dense.param_groups, self.rows]
 
 
 def make_optimizer(
@@ -48,9 +45,10 @@ def make_optimizer(
     """Groups of the parameters that require a gradient, beside `tables`, the rows (TrainedTables; no weight decay).
 
     Args:
-        kind: "adamw"; "adamw8bit", with 8-bit states (bitsandbytes); "adafactor", whose second moments are factored
-            (Shazeer and Stern, 2018); or "muon" for matrices inside the layers and AdamW for the rest.
+        kind: "adamw"; "adamw8bit", with 8-bit states (bitsandbytes); or "adafactor", whose second moments are factored
+            (Shazeer and Stern, 2018).
     """
+    # Embedding and head have a group of their own in every checkpoint, though they train as the other matrices do.
     groups = {"matrices": [], "outer": [], "vectors": [], "memory": [], "memory_vectors": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -63,27 +61,18 @@ def make_optimizer(
                 groups["matrices" if ".layers." in name else "outer"].append(parameter)
     rates = dict.fromkeys(groups, backbone_rate) | dict(memory=memory_rate, memory_vectors=memory_rate)
     # full_lr is what the schedule multiplies.
-    groups = {
-        name: dict(
+    groups = [
+        dict(
             params=parameters, lr=rates[name], full_lr=rates[name],
             weight_decay=decay if name in ("matrices", "outer") else 0.0,
         )
         for name, parameters in groups.items() if parameters
-    }  # fmt: skip
-    parts = []
-    if kind == "muon":
-        hidden = [groups.pop(name) for name in ("matrices", "memory") if name in groups]
-        # Its updates scaled to those of AdamW, so that the same rates serve.
-        parts.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+    ]  # fmt: skip
     if kind == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit as rest
+        from bitsandbytes.optim import AdamW8bit as dense
     else:
-        rest = torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW
-    if groups:
-        parts.append(rest(list(groups.values())))
-    optimizer = EngramOptimizer(parts, tables, table_rate)
-    optimizer.rows["full_lr"] = table_rate
-    return optimizer
+        dense = torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW
+    return EngramOptimizer(dense(groups), tables, table_rate)
 
 
 def clip_gradients(accelerator, optimizer, limit: float) -> float:
@@ -93,7 +82,7 @@ def clip_gradients(accelerator, optimizer, limit: float) -> float:
     The norm is what it would be with the whole tables' dense gradients.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    dense = [p for part in inner.parts for group in part.param_groups for p in group["params"] if p.grad is not None]
+    dense = [p for group in inner.dense.param_groups for p in group["params"] if p.grad is not None]
     average_gradients(dense)
     inner.collect()
     rows = [row for _, row in inner.tables.pairs.values()] if inner.tables else []

@@ -176,10 +176,9 @@ def load_parts(model, optimizer, scaler, folder):
         for name in file.keys():
             own_part(parameters[name]).copy_(file.get_tensor(name))
     state = torch.load(states, map_location="cpu", weights_only=True)
-    for part, saved in zip(optimizer.parts, state["optimizer"]["parts"]):
-        parameters = [p for group in part.param_groups for p in group["params"]]
-        for number, kept in saved["state"].items():
-            kept.update({key: part_like(parameters[number], value) for key, value in kept.items()})
+    parameters = [p for group in optimizer.dense.param_groups for p in group["params"]]
+    for number, kept in state["optimizer"]["parts"][0]["state"].items():
+        kept.update({key: part_like(parameters[number], value) for key, value in kept.items()})
     optimizer.load_state_dict(state["optimizer"])
     if scaler:
         scaler.load_state_dict(state["scaler"])

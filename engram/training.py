@@ -70,12 +70,6 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
 PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8)
-RECIPES = {
-    "phi1": PHI_1_RECIPE,
-    # The paper's proportions (§4, appendix A) at the same rate of Phi: Muon, only tables at five times it. Nothing is
-    # frozen.
-    "articulo": replace(PHI_1_RECIPE, memory_rates=(1e-5, 1e-5), table_rates=(5e-5, 5e-5), optimizer="muon"),
-}
 PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
 
 

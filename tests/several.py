@@ -63,8 +63,7 @@ def main(folder, *wishes):
                 with torch.no_grad():
                     for parameter in model.parameters():
                         processes.own_part(parameter).zero_()
-                for part in optimizer.parts:
-                    part.state.clear()
+                optimizer.dense.state.clear()
                 processes.load_parts(model, *held)
 
         training.run_steps(

@@ -202,9 +202,9 @@ def test_a_run_goes_on_elsewhere_from_copies_whole_or_not_and_refuses_to_be_anot
 def test_differences_are_told_in_words():
     then = dict(corpus="a", hidden_size=64, steps=[1, 2], memory_rates=[1e-3, 5e-5], recompute=False, raro=1)
     now = dict(corpus="a", hidden_size=2048, steps=[1, 3], memory_rates=[1e-3, 1e-4], recompute=True, raro=2)
-    found = checkpoints._differences(dict(identity=then, data="x"), now | {"optimizer": "muon"}, "y")
+    found = checkpoints._differences(dict(identity=then, data="x"), now | {"optimizer": "adafactor"}, "y")
     assert found == [
-        "--pasos-fase2 2 entonces, 3 ahora", "--optimizador nada entonces, muon ahora",
+        "--pasos-fase2 2 entonces, 3 ahora", "--optimizador nada entonces, adafactor ahora",
         "--recalcular no entonces, sí ahora", "tasa de Engram en la fase 2 5e-05 entonces, 0,0001 ahora",
         "ancho del modelo 64 entonces, 2.048 ahora", "raro 1 entonces, 2 ahora",
     ]  # fmt: skip

@@ -199,23 +199,6 @@ def test_steps_that_nobody_asked_for_come_from_the_corpus(asked, steps):
     assert train.steps_of_phases(*asked, 31 * RECIPE.tokens_per_step + 5, RECIPE) == steps
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_the_papers_recipe_freezes_nothing_and_gives_way_to_what_is_asked(grafted, code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 2, "--pasos-fase2", 3]
-    seen = []
-    monkeypatch.setattr(train, "train_model", lambda *args, **_: seen.append(args[3]) or sys.exit(0))
-    for words in ([], ["--receta", "articulo"], ["--receta", "articulo", "--optimizador", "adamw", "--pasos-fase1", 2]):
-        assert run_here(*asked, *words) == 0
-        for folder in tmp_path.glob("*-checkpoints"):
-            folder.rmdir()
-    ours, paper, mixed = seen
-    assert ours.optimizer == "adamw" and ours.steps[0] > 0
-    assert paper.optimizer == "muon" and paper.steps == (0, 3)
-    assert (paper.memory_rates[1], paper.table_rates[1]) == (paper.backbone_rate, 5 * paper.backbone_rate)
-    assert mixed.optimizer == "adamw" and mixed.steps == (2, 3) and mixed.table_rates == paper.table_rates
-
-
 def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypatch, capsys):
     done = run("--modelo", grafted, "--datos", code, *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

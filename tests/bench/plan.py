@@ -60,7 +60,6 @@ CASES = [  # name, shape, phase, what differs from Choice
     ("demo", DEMO, 2, dict(batch=16, length=256)),
     ("demo", DEMO, 2, dict(batch=16, length=256, recompute=True)),
     ("demo", DEMO, 2, dict(batch=4, length=1024, optimizer="adafactor")),
-    ("demo", DEMO, 2, dict(batch=4, length=256, optimizer="muon")),
     ("512 × 8", WIDE, 2, dict(batch=1, length=256, optimizer="adamw8bit")),
     ("512 × 8 en 2 procesos", WIDE, 2, dict(batch=2, length=256)),
     ("512 × 8 en 2 procesos", WIDE, 2, dict(batch=2, length=256, accumulate=4)),

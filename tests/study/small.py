@@ -109,11 +109,6 @@ def study_rows() -> dict[str, dict]:
     for heads in (16, 4):
         engram(f"cabezas-{heads}", config=dict(n_head_per_ngram=heads))
     engram("con-sesgo", config=dict(engram_bias=True))
-    for rate in (1e-3, 2e-3):
-        engram(f"muon-{rate:g}", rate=rate, recipe=dict(optimizer="muon"))
-    # The paper's way to train: nothing frozen, Muon, dense Engram weights at Phi's rate and rows at five times it.
-    paper = dict(optimizer="muon", memory_rates=(1e-3, 1e-3), table_rates=(5e-3, 5e-3))
-    engram("articulo", (0, sum(SHORT)), recipe=paper)
     for name in SEVERAL_SEEDS:
         for seed in SEEDS[1:]:
             rows[f"{name}-s{seed}"] = dict(rows[name], seed=seed)
@@ -121,7 +116,7 @@ def study_rows() -> dict[str, dict]:
 
 
 # Rows of what matters that are worth more than one seed.
-SEVERAL_SEEDS = ("engram-corto", "articulo", "fases-0-200", "sin-compresion", "sin-puerta", "sin-conv", "muon-0.001")
+SEVERAL_SEEDS = ("engram-corto", "fases-0-200", "sin-compresion", "sin-puerta", "sin-conv")
 
 
 # What is trained in a new domain, and the rates tried on seed 0 (for the memory: factors of the demo's).
