@@ -187,6 +187,194 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
+class Training:
+    """One training while it runs: what learns, from what, how, where its files go and where it stands.
+
+    `state` is what a checkpoint tells of it: phase (1 or 2), steps done in it, seconds spent in it, the loss of each
+    step, the held-out results so far, and the digest of the backbone before phase 1.
+    """
+
+    def __init__(self, model, corpus: Corpus, recipe: Recipe, output: Path, save_every: int, keep: int, tracker):
+        self.model, self.corpus, self.output, self.save_every, self.keep = model, corpus, output, save_every, keep
+        self.checkpoints = output.with_name(output.name + "-checkpoints")
+        self.accelerator = make_accelerator(recipe.shard_model, log_with=tracker, project_dir=output.parent)
+        self.recipe = replace(recipe, processes=self.accelerator.num_processes)
+        self.identity = identity_of(asdict(self.recipe), corpus.digest, model.config.to_dict())
+        self.state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
+        self.saved = None  # the checkpoint to go on from
+        self.tables = self.running = self.optimizer = None
+        self.accelerator.register_save_state_pre_hook(self.only_memory)
+
+    def steps_before(self, phase: int) -> int:
+        return self.recipe.steps[0] if phase == 2 else 0
+
+    # ----- where it begins
+
+    def find_start(self, resume: bool):
+        """The last whole checkpoint if it is to be resumed; or a place that no training has begun in."""
+        if self.accelerator.is_main_process:
+            sweep(self.output.parent, re.escape(self.output.name) + "(?:-checkpoints)?")
+            sweep(self.checkpoints, "fase-.*")
+        if not resume:
+            if all_checkpoints(self.checkpoints):
+                raise UserError(
+                    f"En {self.checkpoints} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para "
+                    "empezar de nuevo borra esa carpeta o elige otra --salida."
+                )
+            return
+        self.saved, found = last_checkpoint(self.checkpoints, self.output, self.identity, self.corpus.describe())
+        if found.get("phase") == 1 and found["backbone"] != self.state["backbone"]:
+            raise UserError(
+                f"El punto de control {self.saved} es de otro modelo de partida: los pesos de Phi no son los de "
+                "entonces. Indica el mismo con --modelo, o elige otra --salida para empezar uno nuevo."
+            )
+        self.state |= found
+
+    def load(self):
+        """Weights, optimiser, loss scale and rows of the checkpoint to go on from."""
+        try:
+            if self.recipe.shard_model:
+                load_parts(self.model, self.optimizer.optimizer, self.accelerator.scaler, self.saved)
+            else:
+                self.accelerator.load_state(str(self.saved), strict=False)
+            self.tables.load(self.saved)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            raise UserError(
+                f"El punto de control {self.saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
+                "--reanudar usa entonces el anterior, si lo hay (--conservar 2 guarda siempre dos)."
+            ) from error
+
+    # ----- checkpoints
+
+    def only_memory(self, models, weights, folder):
+        """In phase 1 the backbone is that of the model to begin with: no need to write gigabytes of it every time."""
+        for dense in weights if not self.model.model.embed_tokens.weight.requires_grad else ():
+            for name in [name for name in dense if "engram" not in name]:
+                del dense[name]
+
+    def write(self, folder):
+        """What a checkpoint keeps, into the folder that the main process has opened: every process its part."""
+        folder, failure = broadcast_object_list([str(folder)])[0], None
+        try:
+            if self.recipe.shard_model:
+                save_parts(self.model, self.optimizer.optimizer, self.accelerator.scaler, folder)
+            else:
+                self.accelerator.save_state(folder)
+            self.tables.save(folder)
+        except Exception as error:
+            failure = error
+        device = self.accelerator.device
+        full = in_any_process(failure is not None and no_space(failure), device)
+        if in_any_process(failure is not None, device):  # what one could not write is of no use to the others
+            words = "another process could not write its part"
+            raise failure or (OSError(errno.ENOSPC, words) if full else RuntimeError(words))
+
+    def save(self, **position):
+        """A checkpoint of now; all processes get to the end of it, or none does."""
+        now = dict(self.state, **position, identity=self.identity, data=self.corpus.describe())
+        main, failure = self.accelerator.is_main_process, None
+        try:
+            if main:
+                write_checkpoint(self.checkpoints, now, self.write, self.keep)
+            else:
+                self.write(None)
+        except Exception as error:
+            failure = error
+        if in_any_process(failure is not None, self.accelerator.device):
+            # Of a full disk the main process speaks alone: it knows which checkpoint is left.
+            raise failure if failure and (main or not no_space(failure)) else SystemExit(1)
+
+    # ----- a phase
+
+    def measure(self, name: str, done: int, **speed):
+        """Held-out loss after `done` steps of all phases, kept and told."""
+        with self.accelerator.autocast():
+            found = evaluate(self.running, self.corpus, self.recipe, self.accelerator.device)
+        put_apart(self.model)
+        self.state["results"].append(dict(name=name, **found, **speed))
+        self.accelerator.print(result_line(self.state["results"][-1]))
+        measured = zip(("pérdida", "perplejidad", "bits por byte"), ("loss", "perplexity", "bits_per_byte"))
+        self.accelerator.log({f"texto apartado/{word}": found[key] for word, key in measured}, step=done)
+
+    def begin(self, phase: int):
+        """What learns in this phase, and its optimiser with no state yet."""
+        recipe = self.recipe
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(phase == 2 or "engram" in name)
+        self.tables.restart()
+        self.optimizer = make_optimizer(
+            self.model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
+            recipe.weight_decay, recipe.optimizer, self.tables,
+        )  # fmt: skip
+        if in_parts(self.model.lm_head.weight):  # since phase 1
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        else:
+            self.running, self.optimizer = prepare(self.accelerator, self.model, self.optimizer)
+
+    def log_step(self, phase: int, step: int, loss: float, speed: float):
+        recipe = self.recipe
+        rates = dict(memoria=recipe.memory_rates[phase - 1], tablas=recipe.table_rates[phase - 1])
+        rates |= dict(Phi=recipe.backbone_rate) if phase == 2 else {}
+        values = {f"tasa/{word}": rate * rate_factor(step - 1, recipe.steps[phase - 1]) for word, rate in rates.items()}
+        values |= {"entrenamiento/pérdida": loss, "entrenamiento/tokens por segundo": speed}
+        self.accelerator.log(values, step=self.steps_before(phase) + step)
+
+    def run_phase(self, phase: int, stop: list):
+        """Phase 1 or 2 from where it stands to its end.
+
+        Raises:
+            KeyboardInterrupt: `stop` filled in one of the processes; after saving.
+        """
+        steps, first, before, recipe = self.recipe.steps[phase - 1], 0, 0.0, self.recipe
+        self.begin(phase)
+        if self.saved and phase == self.state["phase"]:
+            self.load()
+            first, before = self.state["step"], self.state["seconds"]
+            self.accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
+        elif phase == 2:
+            self.save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
+        if not self.state["results"]:
+            self.measure("antes de entrenar", 0)
+
+        def on_step(step, loss, spent):
+            self.state["history"].append(dict(phase=phase, step=step, loss=round(loss, 5)))
+            self.log_step(phase, step, loss, recipe.tokens_per_step * (step - first) / spent)
+            stopping = in_any_process(bool(stop), self.accelerator.device)  # all stop, or none
+            # At the very end too: what comes next, saving the result, may find the disk full.
+            last = step == steps and (phase == 2 or not recipe.steps[1])
+            if stopping or last or (step % self.save_every == 0 and step < steps):
+                self.save(phase=phase, step=step, seconds=before + spent)
+            if stopping:
+                raise KeyboardInterrupt
+
+        seconds = before + run_steps(
+            self.accelerator, self.running, self.optimizer, self.corpus, recipe, steps=steps, label=f"Fase {phase}",
+            first=first, offset=self.steps_before(phase), on_step=on_step,
+        )  # fmt: skip
+        what, speed = "solo la memoria" if phase == 1 else "todo el modelo", recipe.tokens_per_step * steps / seconds
+        done = self.steps_before(phase) + steps
+        self.measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
+        if phase == 1:
+            if fingerprint(self.model) != self.state["backbone"]:
+                raise RuntimeError("phase 1 changed the backbone")
+            self.accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+        self.tell_exchange(max(1, steps - first))
+        self.accelerator.unwrap_model(self.running, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    def tell_exchange(self, steps: int):
+        """What a process sent per step since this was last told."""
+        if self.accelerator.num_processes > 1:
+            pairs, dense = self.tables.sent / steps / 1e6, self.tables.n_bytes / 1e6
+            self.accelerator.print(
+                f"   Por paso, este proceso ha mandado {spanish(pairs, 2)} MB de pares (fila, gradiente); el gradiente "
+                f"denso de las tablas son {spanish(dense, 2)} MB."
+            )
+            self.tables.sent = 0
+
+
 def train_model(
     model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, keep=1,
     tracker: str | None = None, repo: str | None = None,
@@ -208,156 +396,24 @@ def train_model(
         KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
     """
     output = Path(output)
-    checkpoints = output.with_name(output.name + "-checkpoints")
-    accelerator = make_accelerator(recipe.shard_model, log_with=tracker, project_dir=output.parent)
-    recipe = replace(recipe, processes=accelerator.num_processes)
-    if accelerator.is_main_process:
-        sweep(output.parent, re.escape(output.name) + "(?:-checkpoints)?")
-        sweep(checkpoints, "fase-.*")
-    identity = identity_of(asdict(recipe), corpus.digest, model.config.to_dict())
-    saved = None
-    state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
-    if resume:
-        saved, found = last_checkpoint(checkpoints, output, identity, corpus.describe())
-        if found.get("phase") == 1 and found["backbone"] != state["backbone"]:
-            raise UserError(
-                f"El punto de control {saved} es de otro modelo de partida: los pesos de Phi no son los de entonces. "
-                "Indica el mismo con --modelo, o elige otra --salida para empezar uno nuevo."
-            )
-        state |= found
-    elif all_checkpoints(checkpoints):
-        raise UserError(
-            f"En {checkpoints} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
-            "borra esa carpeta o elige otra --salida."
-        )
+    training = Training(model, corpus, recipe, output, save_every, keep, tracker)
+    accelerator, recipe, state = training.accelerator, training.recipe, training.state
+    training.find_start(resume)
     set_seed(recipe.seed)
-    history, results = state["history"], state["results"]
-    before = (0, recipe.steps[0])  # steps of the phases before each
-    start_tracker(accelerator, tracker, f"{output.name}-registro", identity, before[state["phase"] - 1] + state["step"])
-
-    def save(**position):
-        def write(folder):  # every process writes a part of the folder that the main one has opened
-            folder, failure = broadcast_object_list([str(folder)])[0], None
-            try:
-                if recipe.shard_model:
-                    save_parts(model, optimizer.optimizer, accelerator.scaler, folder)
-                else:
-                    accelerator.save_state(folder)
-                tables.save(folder)
-            except Exception as error:
-                failure = error
-            full = in_any_process(failure is not None and no_space(failure), device)
-            if in_any_process(failure is not None, device):  # what one could not write is of no use to the others
-                words = "another process could not write its part"
-                raise failure or (OSError(errno.ENOSPC, words) if full else RuntimeError(words))
-
-        now, failure = dict(state, **position, identity=identity, data=corpus.describe()), None
-        try:
-            if accelerator.is_main_process:
-                write_checkpoint(checkpoints, now, write, keep)
-            else:
-                write(None)
-        except Exception as error:
-            failure = error
-        if in_any_process(failure is not None, device):
-            # Of a full disk the main process speaks alone: it knows which checkpoint is left.
-            raise failure if failure and (accelerator.is_main_process or not no_space(failure)) else SystemExit(1)
-
-    def only_memory(models, weights, folder):
-        """In phase 1 the backbone is that of the model to begin with: no need to write gigabytes of it every time."""
-        for dense in weights if not model.model.embed_tokens.weight.requires_grad else ():
-            for name in [name for name in dense if "engram" not in name]:
-                del dense[name]
-
-    def measure(name, done, **speed):
-        with accelerator.autocast():
-            results.append(dict(name=name, **evaluate(running, corpus, recipe, accelerator.device), **speed))
-        put_apart(model)
-        accelerator.print(result_line(results[-1]))
-        measured = zip(("pérdida", "perplejidad", "bits por byte"), ("loss", "perplexity", "bits_per_byte"))
-        accelerator.log({f"texto apartado/{word}": results[-1][key] for word, key in measured}, step=done)
-
-    accelerator.register_save_state_pre_hook(only_memory)
+    done = training.steps_before(state["phase"]) + state["step"]
+    start_tracker(accelerator, tracker, f"{output.name}-registro", training.identity, done)
     if recipe.recompute:
         recompute_activations(model)
-    world, device = accelerator.num_processes, accelerator.device
-    with stop_requests() as stop, TrainedTables(model, recipe.row_state, world, recipe.shard_rows, device) as tables:
-        model.to(device)
+    tables = TrainedTables(model, recipe.row_state, recipe.processes, recipe.shard_rows, accelerator.device)
+    with stop_requests() as stop, tables:
+        training.tables = tables
+        model.to(accelerator.device)
         for phase in (1, 2):
-            steps, first, seconds = recipe.steps[phase - 1], 0, 0.0
-            if not steps or phase < state["phase"]:
-                continue
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(phase == 2 or "engram" in name)
-            tables.restart()
-            optimizer = make_optimizer(
-                model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
-                recipe.weight_decay, recipe.optimizer, tables,
-            )  # fmt: skip
-            if in_parts(model.lm_head.weight):  # since phase 1
-                optimizer = accelerator.prepare_optimizer(optimizer)
-            else:
-                running, optimizer = prepare(accelerator, model, optimizer)
-            if saved and phase == state["phase"]:
-                try:
-                    if recipe.shard_model:
-                        load_parts(model, optimizer.optimizer, accelerator.scaler, saved)
-                    else:
-                        accelerator.load_state(str(saved), strict=False)
-                    tables.load(saved)
-                except Exception as error:
-                    if not is_damage(error):
-                        raise
-                    raise UserError(
-                        f"El punto de control {saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
-                        "--reanudar usa entonces el anterior, si lo hay (--conservar 2 guarda siempre dos)."
-                    ) from error
-                first, seconds = state["step"], state["seconds"]
-                accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
-            elif phase == 2:
-                save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
-            if not results:
-                measure("antes de entrenar", 0)
-
-            def on_step(step, loss, spent, phase=phase, steps=steps, first=first, seconds=seconds):
-                history.append(dict(phase=phase, step=step, loss=round(loss, 5)))
-                rates = dict(memoria=recipe.memory_rates[phase - 1], tablas=recipe.table_rates[phase - 1])
-                rates |= dict(Phi=recipe.backbone_rate) if phase == 2 else {}
-                values = {f"tasa/{word}": rate * rate_factor(step - 1, steps) for word, rate in rates.items()}
-                values["entrenamiento/tokens por segundo"] = recipe.tokens_per_step * (step - first) / spent
-                accelerator.log({"entrenamiento/pérdida": loss, **values}, step=before[phase - 1] + step)
-                stopping = in_any_process(bool(stop), accelerator.device)  # all stop, or none
-                # At the very end too: what comes next, saving the result, may find the disk full.
-                last = step == steps and (phase == 2 or not recipe.steps[1])
-                if stopping or last or (step % save_every == 0 and step < steps):
-                    save(phase=phase, step=step, seconds=seconds + spent)
-                if stopping:
-                    raise KeyboardInterrupt
-
-            seconds += run_steps(
-                accelerator, running, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}", first=first,
-                offset=before[phase - 1], on_step=on_step,
-            )  # fmt: skip
-            what = "solo la memoria" if phase == 1 else "todo el modelo"
-            speed = recipe.tokens_per_step * steps / seconds
-            done = before[phase - 1] + steps
-            measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
-            if phase == 1:
-                if fingerprint(model) != state["backbone"]:
-                    raise RuntimeError("phase 1 changed the backbone")
-                accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
-            if world > 1:
-                pairs, dense = tables.sent / max(1, steps - first), tables.n_bytes
-                accelerator.print(
-                    f"   Por paso, este proceso ha mandado {spanish(pairs / 1e6, 2)} MB de pares (fila, gradiente); el "
-                    f"gradiente denso de las tablas son {spanish(dense / 1e6, 2)} MB."
-                )
-                tables.sent = 0
-            accelerator.unwrap_model(running, keep_fp32_wrapper=False)
-            accelerator.free_memory()
+            if recipe.steps[phase - 1] and phase >= state["phase"]:
+                training.run_phase(phase, stop)
     if recipe.shard_model:
         gather(model, accelerator.is_main_process)
-    outcome = dict(results=results, history=history, recipe=recipe, corpus=corpus)
+    outcome = dict(results=state["results"], history=state["history"], recipe=recipe, corpus=corpus)
     for open_tracker in accelerator.trackers:
         open_tracker.finish()
     if accelerator.is_main_process:
@@ -366,7 +422,9 @@ def train_model(
                 raise UserError(f"{output}/ no estaba al empezar y no la voy a pisar: cámbiale el nombre.")
             save_trained(model, tokenizer, outcome, output, repo)
         except UserError as error:
-            raise UserError(f"{error} Lo entrenado está en {checkpoints}: repite después con --reanudar.") from error
-        discard(checkpoints)
+            raise UserError(
+                f"{error} Lo entrenado está en {training.checkpoints}: repite después con --reanudar."
+            ) from error
+        discard(training.checkpoints)
     accelerator.wait_for_everyone()
     return outcome
