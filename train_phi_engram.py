@@ -33,7 +33,8 @@ try:
     from engram.processes import leave_processes, make_accelerator
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
-    from engram.training import PHI_1_RECIPE, Recipe, scaled, train_model
+    from engram.steps import PHI_1_RECIPE, Recipe, scaled
+    from engram.training import train_model
     from phi1_engram import unpack
 except ImportError as error:
     sys.exit(

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import engram.optimizers as optimizers
 import engram.processes as processes
-import engram.training as training
 import test_rows
 from engram.rows import TrainedTables
+from engram.steps import run_steps
 
 BLOCKS = 4  # per step, whatever the number of processes
 STEPS = 4
@@ -66,7 +66,7 @@ def main(folder, *wishes):
                 optimizer.dense.state.clear()
                 processes.load_parts(model, *held)
 
-        training.run_steps(
+        run_steps(
             accelerator, *ready, test_rows.corpus(model), recipe, steps=STEPS, label="", on_step=on_step
         )  # fmt: skip
         state = accelerator.unwrap_model(ready[0]).state_dict()

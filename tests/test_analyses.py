@@ -15,11 +15,11 @@ import engram.corpus as corpora
 import engram.pictures as pictures
 import engram.probes as probes
 import engram.report as reports
-import engram.training as training
 import verify_phi_engram
 from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
 from engram.console import UserError, run_script
 from engram.probes import KINDS, label_tokens
+from engram.steps import Recipe, evaluate
 from helpers import make_phi, phi_state_dict, random_ids
 
 CODE = '''import os  # qué señal más útil
@@ -425,12 +425,12 @@ def test_loss_is_that_of_train_model(models, workplace, small_tokenizer):
     sample = probes.held_out_blocks(small_tokenizer, str(models / "texto.py"), 8, 64)
     model, _ = open_model(str(models / "uno"))
     corpus = corpora.Corpus("", sample.train, sample.ids.flatten().numpy(), 1.0, 1, [], "")
-    recipe = training.Recipe(0, (0, 0), (0, 0), batch=2, length=64)
+    recipe = Recipe(0, (0, 0), (0, 0), batch=2, length=64)
     numbers = analyses.analyse(model, None, small_tokenizer, sample)
-    expected = training.evaluate(model, corpus, recipe, "cpu")["loss"]
+    expected = evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["perdida"] == pytest.approx(expected, rel=1e-5)
     with analyses.memory_off(model):
-        off = training.evaluate(model, corpus, recipe, "cpu")["loss"]
+        off = evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["cambios"]["sin memoria"][0] == pytest.approx(off - expected, abs=1e-5)
 
 

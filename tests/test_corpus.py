@@ -13,7 +13,7 @@ import torch
 
 import engram.corpus as corpora
 from engram.console import UserError
-from engram.training import Recipe
+from engram.steps import Recipe
 
 RECIPE = Recipe(1e-3, memory_rates=(1e-3, 1e-3), table_rates=(1e-3, 1e-3), batch=2, length=32)
 

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 import engram.corpus as corpora
 import engram.optimizers as optimizers
-import engram.training as training
 import helpers
 from engram.console import UserError
 from engram.rows import TrainedTable, TrainedTables
+from engram.steps import PATIENCE, Recipe, recompute_activations, run_steps
 from phi1_engram import EngramTable
 
-RECIPE = training.Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
+RECIPE = Recipe(1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=16)
 RATES = (1e-3, 5e-3, 1e-2, 0.1)  # backbone, dense memory, rows; decay
 
 
@@ -45,7 +45,7 @@ def trained(steps=4, row_state="adam", stays=False, poison=None, scaler=None, **
         if poison:
             poison(model)
         ready = accelerator.prepare(model, optimizer)
-        training.run_steps(
+        run_steps(
             accelerator, *ready, corpus(model), replace(RECIPE, **recipe), steps=steps, label="",
             on_step=lambda step, loss, seconds: losses.append(loss),
         )  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_step_whose_gradient_is_no_number_is_skipped_whole(only_rows, scaled, 
 
 def test_gradients_that_stay_no_numbers_stop_the_run_with_advice():
     with pytest.raises(UserError, match="20 pasos seguidos.*--tasas 0.3"):
-        trained(training.PATIENCE + 5, poison=spoil(set(range(1000))))
+        trained(PATIENCE + 5, poison=spoil(set(range(1000))))
 
 
 @pytest.mark.parametrize("kind", helpers.installed(optimizers.OPTIMIZERS))
@@ -234,7 +234,7 @@ def test_recomputed_activations_give_the_same_rows_gradients():
     for recompute in (False, True):
         model.train()
         if recompute:
-            training.recompute_activations(model)
+            recompute_activations(model)
         with TrainedTables(model, "adam") as tables:
             model(ids, labels=ids).loss.backward()
             gradients.append([holder.grad for holder in tables.collect()])

@@ -24,10 +24,11 @@ import train_phi_engram as train
 from engram.console import UserError, run_script
 from engram.folders import hold
 from engram.graft import load_phi_1_with_engram
+from engram.steps import Recipe, evaluate, run_steps
 from hub import Hub
 
 ROOT = Path(train.__file__).parent
-RECIPE = training.Recipe(
+RECIPE = Recipe(
     1e-3, memory_rates=(5e-3, 5e-3), table_rates=(1e-2, 1e-2), batch=2, length=32, accumulate=2, steps=(4, 4)
 )
 
@@ -75,7 +76,7 @@ def test_evaluation_is_the_mean_loss_of_the_held_out_blocks(tokenizer):
     held_out = np.random.default_rng(0).integers(0, 51200, 5 * 32 + 7).astype(np.uint16)
     corpus = corpora.Corpus("prueba", held_out, held_out, bytes_per_token=3.0, documents=1, skipped=[], digest="")
     model.train()
-    measured = training.evaluate(model, corpus, RECIPE, "cpu")
+    measured = evaluate(model, corpus, RECIPE, "cpu")
     assert model.training
     blocks = torch.from_numpy(held_out[: 5 * 32].astype(np.int64)).view(5, 32)
     with torch.no_grad():
@@ -106,12 +107,12 @@ def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tm
 def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)
-    steps = training.run_steps
+    real = run_steps
 
     def meddle(*args, **kwargs):
         with torch.no_grad():
             model.model.final_layernorm.bias[0] += 1e-3
-        return steps(*args, **kwargs)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(training, "run_steps", meddle)
     with pytest.raises(RuntimeError, match="backbone"):
@@ -132,7 +133,7 @@ def whole(grafted, tmp_path_factory):
 def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
     grafted, code, whole, tmp_path, monkeypatch, stop_at
 ):
-    steps = training.run_steps
+    real = run_steps
 
     def interrupted(*args, label, on_step, **kwargs):
         def on_step_then_signal(step, loss, spent):
@@ -141,7 +142,7 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
                 time.sleep(0.01)
             on_step(step, loss, spent)
 
-        return steps(*args, label=label, on_step=on_step_then_signal, **kwargs)
+        return real(*args, label=label, on_step=on_step_then_signal, **kwargs)
 
     def trained(name, resume=False):
         model, tokenizer = open_grafted(grafted)
@@ -238,7 +239,7 @@ def test_nothing_of_the_user_is_replaced(grafted, code, tmp_path, monkeypatch, c
         return gathered(*args, **kwargs)
 
     (tmp_path / "otro-checkpoints").rename(tmp_path / "codigo")
-    gathered = training.evaluate
+    gathered = evaluate
     monkeypatch.setattr(training, "evaluate", lambda *args, **kwargs: monkeypatch.undo() or later(*args, **kwargs))
     assert run_here("--modelo", grafted, "--datos", tmp_path / "codigo", *SMALL, "--salida", tmp_path / "nuevo") == 1
     assert "no la voy a pisar" in capsys.readouterr().err

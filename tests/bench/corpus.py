@@ -67,7 +67,7 @@ def read(folder: Path, tokenizer_folder: Path, limit: float):
 
     from engram.console import spanish
     from engram.corpus import batch_at, prepare_corpus
-    from engram.training import PHI_1_RECIPE
+    from engram.steps import PHI_1_RECIPE
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     print(f"Al empezar, con torch y el tokenizer: {spanish(memory()['VmHWM'])} MB", flush=True)

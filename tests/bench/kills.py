@@ -26,13 +26,14 @@ from accelerate.utils import set_seed
 
 import engram.corpus as corpora
 import engram.demo as demo
+import engram.steps as stepping
 import engram.training as training
 import train_phi_engram as train
 
 # Where a kill may fall: what is being done, and the function that does it.
 PLACES = {
     "tokenizar": (corpora, "_tokenise"),
-    "un paso": (training, "batch_at"),
+    "un paso": (stepping, "batch_at"),
     "evaluar": (training, "evaluate"),
     "guardar un punto de control": (training, "write_checkpoint"),
     "empezar una fase": (training, "make_optimizer"),

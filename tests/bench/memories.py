@@ -24,6 +24,7 @@ from engram.console import SpanishParser, gigabytes, run_script, spanish
 from engram.corpus import prepare_corpus
 from engram.graft import load_phi_1_with_engram
 from engram.opening import open_model, quiet
+from engram.steps import evaluate
 from phi1_engram import MEMORY_FILE, PRECISIONS
 
 PACKAGES = ("sympy", "transformers")
@@ -31,7 +32,7 @@ TOKENS = 3_000_000  # of each package, at most
 
 
 def loss(model, corpus) -> float:
-    return training.evaluate(model, corpus, demo.DEMO_RECIPE, model.device)["loss"]
+    return evaluate(model, corpus, demo.DEMO_RECIPE, model.device)["loss"]
 
 
 def precisions(name, work) -> dict:

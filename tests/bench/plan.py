@@ -32,7 +32,7 @@ from engram.optimizers import make_optimizer
 from engram.plan import flops_per_token, matmul_flops, steady_allocator, this_machine
 from engram.processes import leave_processes, make_accelerator, prepare
 from engram.rows import TrainedTables
-from engram.training import PHI_1_RECIPE, run_steps
+from engram.steps import PHI_1_RECIPE, run_steps
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 FOREIGN = dict(engram_tokenizer_compression=False, eos_token_id=0)

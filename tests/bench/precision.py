@@ -25,7 +25,7 @@ from engram.corpus import prepare_corpus, standard_library, text_files
 from engram.demo import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer
 from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
-from engram.training import evaluate, run_steps
+from engram.steps import evaluate, run_steps
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -42,6 +42,7 @@ from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_li
 from engram.folders import whole_folder
 from engram.graft import load_phi_1_with_engram
 from engram.rows import TrainedTables
+from engram.steps import evaluate, run_steps
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
@@ -415,7 +416,7 @@ def base_row() -> dict:
     _, corpus = study_corpus("stdlib")
     trained = json.loads((base_folder() / "fila.json").read_text())
     model = PhiForCausalLM.from_pretrained(base_folder())
-    loss = training.evaluate(model, corpus, RECIPE, "cpu")["loss"]
+    loss = evaluate(model, corpus, RECIPE, "cpu")["loss"]
     tokens = BASE_STEPS * RECIPE.tokens_per_step
     return dict(loss=loss, steps=BASE_STEPS, tokens=tokens, seconds=trained["seconds"], rate=demo.DEMO_BASE_RATE)
 
@@ -478,7 +479,7 @@ def pace_row(rounds: int = 20) -> dict:
     for step in range(rounds):
         for name, (accelerator, model, optimizer) in runners.items():
             held = accelerator, model, optimizer, corpus, RECIPE
-            seconds[name].append(training.run_steps(*held, steps=step + 1, first=step, label=name))
+            seconds[name].append(run_steps(*held, steps=step + 1, first=step, label=name))
     return {name: median(values[2:]) for name, values in seconds.items()}
 
 
@@ -491,7 +492,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
     size = in_use(memory)
     model = PhiForCausalLM.from_pretrained(base_folder())
     if method == "nada":
-        losses = [training.evaluate(model, corpus, recipe, "cpu")["loss"] for corpus in (new, old)]
+        losses = [evaluate(model, corpus, recipe, "cpu")["loss"] for corpus in (new, old)]
         return dict(loss=losses[0], old=losses[1])
     rate = rate or best_rate(f"{domain}-{method}-")
     set_seed(seed)
@@ -507,7 +508,7 @@ def adapt_row(domain: str, method: str, seed: int, rate: float | None = None, st
             widen(model, size)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row = demo.train_plain(model, new, recipe, rate, steps=steps, offset=0, label=method)
-    forgotten = training.evaluate(model, old, recipe, "cpu")["loss"]
+    forgotten = evaluate(model, old, recipe, "cpu")["loss"]
     tokens = steps * recipe.tokens_per_step
     return dict(
         loss=row["loss"], old=forgotten, rate=rate, steps=steps, tokens=tokens, seconds=row["seconds"], trained=trained
