@@ -9,7 +9,6 @@ Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at
 are row-sparse: a step touches the rows that its batch reads.
 """
 
-import atexit
 import difflib
 import importlib.util
 import math
@@ -24,13 +23,13 @@ try:
     import torch
     import transformers
 
-    from engram.console import SpanishParser, UserError, run_script, spanish
+    from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish
     from engram.corpus import prepare_corpus
     from engram.folders import hold
     from engram.opening import about_memory, add_memory_options, open_model
     from engram.optimizers import OPTIMIZERS
     from engram.plan import check, from_args, plan
-    from engram.processes import leave_processes, make_accelerator
+    from engram.processes import leaving_processes, make_accelerator
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
     from engram.steps import PHI_1_RECIPE, Recipe, scaled
@@ -154,6 +153,20 @@ def steps_of_phases(asked_1: int | None, asked_2: int | None, tokens: int, recip
     return first if asked_1 is None else asked_1, one_pass if asked_2 is None else asked_2
 
 
+def less_memory(args, device: str) -> str:
+    """What to change of what does not change what is learned, and is not in use yet."""
+    if not args.recalcular:
+        cure = "--recalcular (un tercio más de tiempo)"
+    elif args.lote > 1:
+        half = args.lote // 2 if args.lote % 2 == 0 else 1
+        cure = f"--lote {half} --acumular {args.acumular * args.lote // half}"
+    elif device != "cpu" and args.memoria != "ram":
+        cure = "--memoria ram"
+    else:
+        return "Con esta forma no cabe. Qué cabe en este equipo: python train_phi_engram.py --plan"
+    return f"No se ha perdido lo guardado: repite la misma orden con --reanudar {cure}"
+
+
 def writable_memory(model):
     """Rows of a memory that can be trained: float32, and not on disk."""
     if model.memory_place == "disco":
@@ -183,7 +196,12 @@ def main(argv=None):
         print(plan(*from_args(args)))
         return
     accelerator = make_accelerator(args.repartir_modelo)
-    atexit.register(leave_processes)
+    with leaving_processes():
+        train(args, accelerator)
+
+
+def train(args, accelerator):
+    """Refuse what cannot work, open the model, and hold its place while it trains."""
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     if accelerator.num_processes == 1:
@@ -212,7 +230,8 @@ def main(argv=None):
     choice = from_args(args)
     accelerator.wait_for_everyone()  # all have measured the free memory before one takes any
     check(*choice)
-    model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria)
+    cure = "Mira qué cabe en este equipo con: python train_phi_engram.py --plan"
+    model, tokenizer = open_model(args.modelo, torch.float32, None, args.memoria, args.cambiar_memoria, cure)
     writable_memory(model)
     print(about_memory(model))
     checkpoints = output.with_name(output.name + "-checkpoints")
@@ -255,6 +274,10 @@ def run(args, accelerator, model, tokenizer, output: Path):
     except KeyboardInterrupt:
         print("\nPara seguir donde estaba: repite la misma orden con --reanudar")
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"Se agotó la memoria. {less_memory(args, accelerator.device.type)}") from None
     print(result_table(outcome["results"]))
     print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
     if args.subir and accelerator.is_main_process:

@@ -5,6 +5,7 @@ Used by `train_phi_engram.py`; there is nothing to run here.
 
 import errno
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,15 +17,9 @@ STATE = "estado.json"
 WORDS = {
     "steps": ("--pasos-fase1", "--pasos-fase2"),
     "length": "--longitud",
-    "batch": "--lote",
-    "accumulate": "--acumular",
     "seed": "--semilla",
     "optimizer": "--optimizador",
     "row_state": "--estado-filas",
-    "recompute": "--recalcular",
-    "processes": "procesos",
-    "shard_rows": "--repartir-filas",
-    "shard_model": "--repartir-modelo",
     "backbone_rate": "tasa de Phi",
     "memory_rates": ("tasa de Engram en la fase 1", "tasa de Engram en la fase 2"),
     "table_rates": ("tasa de las tablas en la fase 1", "tasa de las tablas en la fase 2"),
@@ -41,6 +36,10 @@ WORDS = {
     "n_embed_per_ngram": "ancho de la memoria por orden",
     "n_head_per_ngram": "cabezas de la memoria por orden",
 }
+
+SPLIT = ("batch", "accumulate", "processes")  # how a step's blocks are divided; their product is what is learned from
+PARTS = {"shard_rows": "--repartir-filas", "shard_model": "--repartir-modelo"}  # how a checkpoint's files are divided
+HOW = {*SPLIT, *PARTS, "recompute"}  # what may change on the way
 
 
 def _position(path: Path) -> tuple[int, int] | None:
@@ -162,13 +161,29 @@ def _differences(state, identity, data):
     then, found = state["identity"], []
     if then["corpus"] != identity["corpus"]:
         found.append(f"el texto de --datos no es el mismo («{state['data']}» entonces, «{data}» ahora)")
-    for key in (*WORDS, *sorted(identity.keys() - WORDS.keys() - {"corpus"})):
+    old, new = (math.prod(side.get(name, 1) for name in SPLIT) for side in (then, identity))
+    if old != new:
+        found.append(
+            f"{spanish(old)} bloques por paso entonces, {spanish(new)} ahora (--lote × --acumular × procesos; entonces "
+            f"eran {' × '.join(str(then[name]) for name in SPLIT)})"
+        )
+    old, new = _layout(then), _layout(identity)
+    if old != new:
+        found.append(f"se guardó {old}, y ahora es {new}: las partes no se pueden juntar de otro modo")
+    # A transformers of another version describes a model with other fields besides.
+    for key in (*WORDS, *sorted(identity.keys() & then.keys() - WORDS.keys() - HOW - {"corpus"})):
         words, old, new = WORDS.get(key, key), then.get(key), identity.get(key)
         if isinstance(words, str) or old is None:
             words, old, new = [words if isinstance(words, str) else key], [old], [new]
         changed = [(word, a, b) for word, a, b in zip(words, old, new) if a != b]
         found += [f"{word} {_shown(a)} entonces, {_shown(b)} ahora" for word, a, b in changed]
     return found
+
+
+def _layout(identity: dict) -> str:
+    """How the files of a training's checkpoints are divided, in words."""
+    flags = [flag for name, flag in PARTS.items() if identity.get(name)]
+    return f"con {' y '.join(flags)} entre {identity['processes']} procesos" if flags else "sin repartir"
 
 
 def _shown(value):

@@ -48,21 +48,29 @@ def run_script(main, argv=None):
             stream.reconfigure(errors="plain")  # a terminal without UTF-8 must not kill the script
     try:
         sys.exit(main(argv) or 0)
-    except UserError as error:
-        message, code = f"❌ {error}", 1
-    except KeyboardInterrupt:
-        message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
-    except EngramFileError as error:
-        message, code = f"❌ {error}", 1
-    except OSError as error:
-        if error.errno not in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
+    except (UserError, KeyboardInterrupt, EngramFileError, OSError) as error:
+        code = tell(error)
+        if code is None:
             raise
+    sys.exit(code)
+
+
+def tell(error: BaseException) -> int | None:
+    """Say in one Spanish sentence what stopped a script. Returns its exit status; None for an error of our own."""
+    code = 1
+    if isinstance(error, (UserError, EngramFileError)):
+        message = f"❌ {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
+    elif isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
         what = "No queda espacio en el disco" if error.errno in NO_SPACE else "Sin permiso"
         where = f" ({error.filename})" if error.filename else ""
-        message, code = f"❌ {what}{where}. No se ha guardado nada a medias. Libera espacio o elige otra carpeta.", 1
+        message = f"❌ {what}{where}. No se ha guardado nada a medias. Libera espacio o elige otra carpeta."
+    else:
+        return None
     sys.stdout.flush()
     print(message, file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 class SpanishParser(argparse.ArgumentParser):

@@ -65,7 +65,8 @@ def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **eng
         )
     if "quantization_config" in plain:
         raise UserError(f"«{name}» está cuantizado y no se puede entrenar. Usa el original, sin cuantizar.")
-    with explained(name):
+    half = "" if str(dtype).endswith("float16") else ", o usa la mitad con --dtype float16"
+    with explained(name, f"Cierra otros programas{half}."):
         source = where_from(name)
         tokenizer = open_tokenizer(name, **source)
         stop = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)

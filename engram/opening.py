@@ -11,12 +11,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
-import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
-from engram.console import UserError
+from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from phi1_engram import MEMORY_FILE, PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
 
@@ -49,18 +48,18 @@ def quiet():
 
 
 @contextmanager
-def explained(name):
-    """Turn whatever fails while the model `name` is opened into a UserError."""
+def explained(name, cure="Cierra otros programas y repite la orden."):
+    """Turn whatever fails while the model `name` is opened into a UserError; `cure` is against too little memory."""
     try:
         with quiet():
             yield
     except (UserError, EngramFileError):
         raise
     except Exception as error:
-        raise UserError(_explanation(error, name)) from error
+        raise UserError(_explanation(error, name, cure)) from error
 
 
-def _explanation(error, name):
+def _explanation(error, name, cure):
     chain = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
@@ -76,8 +75,8 @@ def _explanation(error, name):
             f"No queda espacio en el disco para descargar «{name}» en {hub.HF_HUB_CACHE}. Libera espacio o elige "
             "otro sitio: export HF_HOME=/otra/carpeta"
         )
-    if found(MemoryError, torch.OutOfMemoryError) or any("can't allocate memory" in str(link) for link in chain):
-        return f"No hay memoria suficiente para abrir «{name}». Cierra otros programas o usa float16."
+    if any(map(out_of_memory, chain)):
+        return f"No hay memoria suficiente para abrir «{name}». {cure}"
     if found(hub_errors.GatedRepoError):
         return f"«{name}» es de acceso restringido. Pídelo en https://huggingface.co/{name} y pon tu llave: {token}"
     if status in (401, 403) or found(hub_errors.RepositoryNotFoundError):
@@ -180,7 +179,7 @@ def open_checked(name, new=None, **kwargs):
     return model.eval()
 
 
-def open_model(name, dtype=None, device=None, storage="auto", memory=None):
+def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=None):
     """Open a checkpoint of Phi with memory.
 
     Args:
@@ -188,6 +187,7 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None):
         dtype: torch dtype or its name; by default the checkpoint's.
         storage: where the memory's rows live: "gpu", "ram", "disco" or "auto".
         memory: a memory to put in place of its own: folder, or user/name on the Hub.
+        cure: what to advise where memory does not suffice; by default, to leave the rows on the disk.
     Returns:
         model (eval mode, on `device`), tokenizer.
     Raises:
@@ -201,7 +201,10 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None):
     if kind != PhiEngramConfig.model_type:
         command = "python load_phi_engram.py"
         raise UserError(f"«{name}» no es un Phi con memoria Engram (model_type: {kind}). Para crear uno: {command}")
-    with explained(name):
+    if cure is None:
+        disk = ", o deja las filas de la memoria en el disco con --memoria disco" if storage != "disco" else ""
+        cure = f"Cierra otros programas{disk}."
+    with explained(name, cure):
         source = where_from(name)
         tokenizer = open_tokenizer(name, **source)
         model = open_checked(name, dtype=dtype or "auto", engram_storage=storage, **source)

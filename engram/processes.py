@@ -8,7 +8,10 @@ Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
 import os
+import sys
+import traceback
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map
 
-from engram.console import UserError
+from engram.console import UserError, tell
 
 
 def make_accelerator(shard=False, **options) -> Accelerator:
@@ -100,8 +103,24 @@ def in_any_process(flag: bool, device) -> bool:
     return found.item() > 0
 
 
-def leave_processes():
-    """At exit: a group that is still there would be torn down by the interpreter, in an order of its own."""
+@contextmanager
+def leaving_processes():
+    """At the end of this all processes leave their group together; one that fails says why and is gone at once.
+
+    Leaving politely, as the interpreter does too, waits for the others, and with NCCL they wait for this one: for as
+    long as `make_accelerator` has them wait. The launcher ends the others when one has ended with a status.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            raise
+        code = error.code if isinstance(error, SystemExit) else tell(error)
+        if code is None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if code is None else code)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -180,7 +199,7 @@ def load_parts(model, optimizer, scaler, folder):
     for number, kept in state["optimizer"]["parts"][0]["state"].items():
         kept.update({key: part_like(parameters[number], value) for key, value in kept.items()})
     optimizer.load_state_dict(state["optimizer"])
-    if scaler:
+    if scaler and state["scaler"]:  # none comes from where nothing is scaled
         scaler.load_state_dict(state["scaler"])
 
 

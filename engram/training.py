@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
@@ -113,7 +113,8 @@ class Training:
             if self.recipe.shard_model:
                 load_parts(self.model, self.optimizer.optimizer, self.accelerator.scaler, self.saved)
             else:
-                self.accelerator.load_state(str(self.saved), strict=False)
+                with self.scale_of(self.saved):
+                    self.accelerator.load_state(str(self.saved), strict=False)
             self.tables.load(self.saved)
         except Exception as error:
             if not is_damage(error):
@@ -122,6 +123,17 @@ class Training:
                 f"El punto de control {self.saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
                 "--reanudar usa entonces el anterior, si lo hay (--conservar 2 guarda siempre dos)."
             ) from error
+
+    @contextmanager
+    def scale_of(self, checkpoint):
+        """Meanwhile there is no loss scale where the checkpoint has none: it comes from a machine that needs none."""
+        scaler = self.accelerator.scaler
+        if not Path(checkpoint, SCALER_NAME).exists():
+            self.accelerator.scaler = None
+        try:
+            yield
+        finally:
+            self.accelerator.scaler = scaler
 
     # ----- checkpoints
 

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -224,3 +227,12 @@ def write_code(folder):
     for i in range(60):
         (folder / f"m{i:02d}.py").write_text("".join(function.format(100 * i + k) for k in range(5)))
     return folder
+
+
+def together(processes, *words, **kwargs):
+    """Start a script under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs,
+    )  # fmt: skip

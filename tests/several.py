@@ -1,11 +1,11 @@
 """A process of `test_processes.py`: trains a small model with others and writes down what came out.
 
     python -m torch.distributed.run --nproc-per-node 4 tests/several.py FOLDER [shard] [stays] [parts] [scaled]
-                                                                                [overflow]
+                                                                                [overflow] [alone]
 """
 
-import atexit
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import engram.optimizers as optimizers
 import engram.processes as processes
 import test_rows
+from engram.console import UserError
 from engram.rows import TrainedTables
 from engram.steps import run_steps
 
@@ -55,8 +56,13 @@ def main(folder, *wishes):
         if "overflow" in wishes:
             tables.collect = overflowing
 
+        if "alone" in wishes:
+            torch.distributed.destroy_process_group = lambda: time.sleep(600)
+
         def on_step(step, loss, seconds):
             losses.append(loss)
+            if "alone" in wishes and accelerator.process_index:
+                raise UserError("Falla uno solo.")
             if parts and step == STEPS // 2:  # all saved, lost and loaded again on the way
                 held = optimizer, accelerator.scaler, folder
                 processes.save_parts(model, *held)
@@ -83,5 +89,5 @@ def main(folder, *wishes):
 
 
 if __name__ == "__main__":
-    atexit.register(processes.leave_processes)
-    main(*sys.argv[1:])
+    with processes.leaving_processes():
+        main(*sys.argv[1:])

@@ -205,10 +205,30 @@ def test_differences_are_told_in_words():
     found = checkpoints._differences(dict(identity=then, data="x"), now | {"optimizer": "adafactor"}, "y")
     assert found == [
         "--pasos-fase2 2 entonces, 3 ahora", "--optimizador nada entonces, adafactor ahora",
-        "--recalcular no entonces, sí ahora", "tasa de Engram en la fase 2 5e-05 entonces, 0,0001 ahora",
+        "tasa de Engram en la fase 2 5e-05 entonces, 0,0001 ahora",
         "ancho del modelo 64 entonces, 2.048 ahora", "raro 1 entonces, 2 ahora",
     ]  # fmt: skip
     assert checkpoints._differences(dict(identity=then, data="x"), then, "y") == []
+
+
+def test_how_a_step_is_computed_may_change_and_what_is_learned_may_not():
+    then = dict(corpus="a", batch=2, accumulate=8, processes=2, recompute=False, shard_rows=False, shard_model=False)
+
+    def differences(**now):
+        return checkpoints._differences(dict(identity=then, data="x"), then | now, "x")
+
+    for same in (
+        dict(recompute=True), dict(batch=1, accumulate=16), dict(batch=4, accumulate=4), dict(nuevo_en_transformers=1),
+        dict(processes=1, accumulate=16), dict(processes=1, batch=32, accumulate=1),
+    ):  # fmt: skip
+        assert differences(**same) == [], same
+    (found,) = differences(processes=1)
+    assert found.startswith("32 bloques por paso entonces, 16 ahora") and "2 × 8 × 2" in found
+    (found,) = differences(shard_rows=True)
+    assert found.startswith("se guardó sin repartir, y ahora es con --repartir-filas entre 2 procesos")
+    then["shard_model"] = True
+    (found,) = differences(processes=4, accumulate=4)
+    assert "con --repartir-modelo entre 2 procesos" in found and "entre 4 procesos" in found
 
 
 def test_damage_is_told_from_what_keeps_a_good_checkpoint_from_being_read(tmp_path):

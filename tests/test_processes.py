@@ -1,9 +1,6 @@
 """Several processes against one, on the CPU through gloo: same losses, same weights, tables the same on all."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,19 +16,10 @@ from engram.graft import load_phi_1_with_engram
 HERE = Path(__file__).resolve().parent
 
 
-def together(processes, *words, **kwargs):
-    """Start a script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs,
-    )  # fmt: skip
-
-
 def run(folder, processes, *wishes):
     """{rank: what that process wrote down}, from tests/several.py under torchrun."""
     folder.mkdir()
-    process = together(processes, HERE / "several.py", folder, *wishes)
+    process = helpers.together(processes, HERE / "several.py", folder, *wishes)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     return {rank: load_file(folder / f"{rank}.safetensors") for rank in range(processes)}
@@ -49,6 +37,14 @@ def test_an_overflow_in_the_rows_of_one_process_is_skipped_by_all(tmp_path):
     for name, tensor in second.items():
         if name.startswith("dense."):
             assert torch.equal(tensor, first[name]) and tensor.isfinite().all(), name
+
+
+def test_a_process_that_fails_alone_says_why_and_ends_all(tmp_path):
+    """With NCCL leaving a group waits for the others, up to six hours: here leaving takes ten minutes."""
+    process, started = helpers.together(2, HERE / "several.py", tmp_path, "alone"), time.time()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode and time.time() - started < 60
+    assert "❌ Falla uno solo." in errors
 
 
 @pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "parts", "stays", "scaled")], ids=str)
@@ -83,7 +79,7 @@ def test_script_in_two_processes_killed_and_resumed_gives_the_weights_of_one(phi
     monkeypatch.chdir(tmp_path)
     train.main([*map(str, words), "--acumular", "2", "--salida", "uno"])
     script = [Path(train.__file__), *words, "--acumular", 1, "--salida", "dos", "--repartir-filas"]
-    process = together(2, *script, cwd=tmp_path)
+    process = helpers.together(2, *script, cwd=tmp_path)
     limit = time.time() + 120
     while not list((tmp_path / "dos-checkpoints").glob("fase-2-paso-*[1-9]")) and time.time() < limit:
         assert process.poll() is None, process.communicate()
@@ -92,7 +88,7 @@ def test_script_in_two_processes_killed_and_resumed_gives_the_weights_of_one(phi
         one.kill()
     process.communicate()
     assert not (tmp_path / "dos").exists()
-    process = together(2, *script, "--reanudar", cwd=tmp_path)
+    process = helpers.together(2, *script, "--reanudar", cwd=tmp_path)
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     assert out.count("Sigo desde la fase 2") == 1  # one process speaks

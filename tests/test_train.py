@@ -26,6 +26,7 @@ from engram.folders import hold
 from engram.graft import load_phi_1_with_engram
 from engram.steps import Recipe, evaluate, run_steps
 from hub import Hub
+from phi1_engram import PhiEngramForCausalLM
 
 ROOT = Path(train.__file__).parent
 RECIPE = Recipe(
@@ -245,6 +246,34 @@ def test_nothing_of_the_user_is_replaced(grafted, code, tmp_path, monkeypatch, c
     assert "no la voy a pisar" in capsys.readouterr().err
     assert (tmp_path / "nuevo" / "tesis.txt").read_text() == "más" and own.read_text() == "años de trabajo"
     assert list((tmp_path / "nuevo-checkpoints").glob("fase-2-*"))  # and nothing of the training either
+
+
+def test_out_of_memory_names_the_cure_that_is_not_in_use(grafted, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    steps, words = run_steps, ["--modelo", grafted, "--datos", code, "--longitud", 32, "--pasos-fase2", 0]
+
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def told(*more):
+        assert run_here(*words, *more) == 1
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "run_steps", short)
+        shape = ["--lote", 4, "--acumular", 1]
+        assert "repite la misma orden con --reanudar --recalcular" in told(*shape)
+        assert "--reanudar --lote 2 --acumular 2" in told(*shape, "--recalcular", "--reanudar")
+        last = told("--lote", 1, "--acumular", 4, "--recalcular", "--reanudar")
+        assert "--plan" in last and "Traceback" not in last
+    assert training.run_steps is steps
+    assert run_here(*words, "--lote", 1, "--acumular", 4, "--recalcular", "--reanudar") == 0
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(PhiEngramForCausalLM, "from_pretrained", full)
+    assert "No hay memoria suficiente para abrir" in (error := told(*shape, "--salida", "otra")) and "--plan" in error
 
 
 def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, monkeypatch, capsys):

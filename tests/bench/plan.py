@@ -30,7 +30,7 @@ from engram.counting import Choice, account
 from engram.demo import DEMO_SHAPE
 from engram.optimizers import make_optimizer
 from engram.plan import flops_per_token, matmul_flops, steady_allocator, this_machine
-from engram.processes import leave_processes, make_accelerator, prepare
+from engram.processes import make_accelerator, prepare
 from engram.rows import TrainedTables
 from engram.steps import PHI_1_RECIPE, run_steps
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
@@ -131,7 +131,8 @@ def main(argv=None):
         result = one(args.uno, not args.reservado)
         if int(os.environ.get("RANK", 0)) == 0:
             print(json.dumps(result))
-        leave_processes()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         return
     started = time.perf_counter()
     print("| forma | fase | lote × longitud | receta | plan | medido | diferencia | del producto de matrices |")
