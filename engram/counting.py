@@ -7,14 +7,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
+import safetensors
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import initialization as init
 
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
+
+# Older ones copy what they write; from the memory of a card all have to.
+SAVING_COPIES = Version(safetensors.__version__) < Version("0.8")
 
 
 @dataclass(frozen=True)
@@ -258,8 +263,12 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     final = weights + rows
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
     files |= {"lo que se guarda a su lado": max(0, max(disk * choice.keep, final) - choice.resume)}
+    written = max(own, rows + row_states)  # in one file at a time
     if not machine.gpu:
         ram = {**computing, **stored}
+        if SAVING_COPIES:  # when the gradients and what the step kept are gone
+            kept = lasting["pesos"] + lasting["estado del optimizador"]
+            ram["copia al guardar"] = max(0, kept + written - sum(computing.values()))
         return {"RAM": {"Python y bibliotecas": machine.base_ram / machine.cards, **ram}, "disco": files}
     gpu = {"CUDA y bibliotecas": machine.base_gpu, **computing}
     ram = {"sistema y bibliotecas": machine.base_ram}
@@ -267,9 +276,11 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     copied = own  # to be saved: safetensors brings all that is on the card to host memory at once
     if choice.place == "ram":
         ram |= {name: machine.cards * size for name, size in stored.items()}
+        # No page of an untouched state is taken yet.
         opening -= machine.cards * sum(stored.values())
-    else:
+    if choice.place != "ram" or SAVING_COPIES:
+        copied = written
+    if choice.place != "ram":
         gpu |= stored
-        copied = max(own, rows + row_states)
     ram["lo que pasa al abrir y al guardar"] = max(opening, copied)
     return {"GPU": gpu, "RAM": ram, "disco": files}

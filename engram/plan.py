@@ -42,6 +42,7 @@ MACHINES = {
 }
 # Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench/plan.py).
 STEP_SHARE = 0.4
+LINK = 6e9  # bytes per second that a card gets from another over PCIe 3.0, as on Kaggle; assumed, not measured
 
 
 def named_machine(name: str) -> Machine:
@@ -132,6 +133,19 @@ def flops_per_token(config, choice, phase: int) -> float:
     above = total - sum(n for name, n in size.items() if any(f".layers.{i}." in name for i in range(first)))
     passes = 2 * total + 2 * above + 2 * (memory if phase == 1 else total) + 2 * total * choice.recompute
     return passes + 2 * choice.length * config.hidden_size * config.num_hidden_layers * (3 + choice.recompute)
+
+
+def bytes_per_token(config, choice, machine, phase: int) -> float:
+    """Bytes of dense weights and gradients that a card gets from the others, per token of the whole step.
+
+    A model in parts (FSDP2) brings its weights together in float32 for forward and for backward, and spreads the
+    gradients, in every micro-batch. Whole ones meet once a step, as a sum over a ring: twice the gradients.
+    """
+    dense, _ = shapes(config)
+    weights = 4 * sum(math.prod(shape) for _, shape in dense)
+    gradients = 4 * sum(math.prod(shape) for name, shape in dense if phase == 2 or "engram" in name)
+    per_batch = 2 * weights + gradients if choice.shard_model else 2 * gradients / choice.accumulate
+    return per_batch * (machine.cards - 1) / machine.cards / (choice.tokens * machine.cards)
 
 
 def search(config, choice: Choice, machine: Machine) -> Choice | None:
@@ -297,7 +311,9 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         lines.append(f"Para entrenar: {command(choice, machine, given)}")
     for phase in missing:
         hours = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600
-        lines.append(f"Fase {phase}: {spanish(hours, 2)} horas por millón de tokens.")
+        moving = bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
+        also = f", {spanish(moving, 2)} de ellas en lo que se mandan las tarjetas" if machine.gpu and moving > 0.005 else ""
+        lines.append(f"Fase {phase}: {spanish(hours + moving * (machine.gpu > 0), 2)} horas por millón de tokens{also}.")
     speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
     if machine.measured:
         lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
@@ -306,6 +322,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
             f"Horas con {speed} por tarjeta: supuesto, no medido.",
             f"También supuesto: {giga(machine.base_gpu)} de CUDA y {giga(machine.base_ram)} del sistema en RAM.",
         ]
+        if machine.cards > 1:
+            lines.append(f"Y {giga(LINK)} por segundo entre tarjetas, sin NVLink.")
     if machine.cards > 1 and machine.gpu:
         what = "una parte del modelo" if chosen.shard_model else "el modelo entero"
         lines.append(f"Cada tarjeta guarda {what} y lee sus propios bloques.")

@@ -212,3 +212,29 @@ def test_processes_without_a_card_have_to_be_asked_for():
     cpu = replace(planning.MACHINES["t4x2"], gpu=0, half=None)
     assert command(CHOICE, cpu).startswith("accelerate launch --multi_gpu --num_processes 2 ")
     assert command(CHOICE, planning.MACHINES["t4x2"]).startswith("accelerate launch --num_processes 2 ")
+
+
+@pytest.mark.parametrize("gpu", [0, 14.7 * 2**30])
+def test_copies_that_an_older_safetensors_makes_are_counted(config, monkeypatch, gpu):
+    """safetensors 0.7 made bytes of each tensor of a file before it wrote the first."""
+    machine = replace(named_machine("t4"), gpu=gpu, half=None)
+    choice = Choice(batch=1, length=32, place="ram")
+    now = account(config, choice, machine, 2)["RAM"]
+    monkeypatch.setattr(counting, "SAVING_COPIES", True)
+    then = account(config, choice, machine, 2)["RAM"]
+    dense, tables = shapes(config)
+    own, rows = 4 * sum(math.prod(shape) for _, shape in dense), sum(4 * n * d for n, d in tables.values())
+    at_save = 3 * own + 3 * rows + max(own, 3 * rows) if not gpu else 3 * rows + max(own, 3 * rows)
+    base = machine.base_ram
+    assert sum(then.values()) >= base + at_save - 8 * len(dense) and sum(then.values()) >= sum(now.values())
+
+
+def test_what_cards_send_each_other_is_counted_in_the_hours(config):
+    """Two cards: in parts each brings half of all float32 weights twice, and spreads its gradients, every batch."""
+    machine, choice = named_machine("t4x2"), Choice(batch=1, length=32, accumulate=4)
+    weights = 4 * sum(math.prod(shape) for _, shape in shapes(config)[0])
+    tokens = 2 * 32
+    parts = planning.bytes_per_token(config, replace(choice, shard_model=True), machine, 2)
+    assert parts == pytest.approx(3 * weights / 2 / tokens)
+    assert planning.bytes_per_token(config, choice, machine, 2) == pytest.approx(2 * weights / 2 / (4 * tokens))
+    assert planning.bytes_per_token(config, choice, named_machine("t4"), 2) == 0
