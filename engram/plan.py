@@ -311,9 +311,9 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         lines.append(f"Para entrenar: {command(choice, machine, given)}")
     for phase in missing:
         hours = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600
-        moving = bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
-        also = f", {spanish(moving, 2)} de ellas en lo que se mandan las tarjetas" if machine.gpu and moving > 0.005 else ""
-        lines.append(f"Fase {phase}: {spanish(hours + moving * (machine.gpu > 0), 2)} horas por millón de tokens{also}.")
+        moving = (machine.gpu > 0) * bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
+        also = f", {spanish(moving, 2)} de ellas en lo que se mandan las tarjetas" if moving > 0.005 else ""
+        lines.append(f"Fase {phase}: {spanish(hours + moving, 2)} horas por millón de tokens{also}.")
     speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
     if machine.measured:
         lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
