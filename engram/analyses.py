@@ -90,6 +90,54 @@ def memory_off(model):
 
 
 @contextmanager
+def memory_share(model):
+    """Yield {layer: float32 [2]}, on the model's device, of the last forward pass: ‖Y‖/‖h‖, what the memory adds
+    beside the hidden state that it is added to (root mean squares), and the mean gate; empty before the first."""
+    found, hooks = {}, []
+
+    def watch(layer, engram):
+        def added(module, args, output):
+            hidden, output = args[0].detach().float(), output.detach().float()
+            found[layer] = torch.stack([(output.square().mean() / hidden.square().mean()).sqrt(), alpha.pop()])
+
+        alpha = []
+        gate = engram.gate.register_forward_hook(lambda _, args, output: alpha.append(output.detach().float().mean()))
+        hooks.extend([gate, engram.register_forward_hook(added)])
+
+    for layer in getattr(model.config, "engram_layer_ids", ()):
+        watch(layer, model.model.layers[layer].engram)
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def shuffled_rows(model):
+    """Meanwhile every n-gram reads what another has learned: a head's rows, half of its table further on.
+
+    What is left of the memory's gain is not in what it remembers (nano-scalemb's control of content).
+    """
+    inner, hooks = model.model, []
+    for offsets, primes, table in zip(
+        inner.engram_hash.offsets, inner.engram_hash.primes.flatten(1), inner.engram_tables.values()
+    ):
+
+        def moved(module, args, offsets=offsets, primes=primes):
+            (row_ids,) = args
+            first, rows = offsets.to(row_ids.device), primes.to(row_ids.device)
+            return (first + (row_ids - first + rows // 2) % rows,)
+
+        hooks.append(table.register_forward_pre_hook(moved))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def without_order(model, order: int):
     """Meanwhile the heads of one n-gram order answer zero, as rows never trained do."""
     heads = model.config.n_head_per_ngram

@@ -42,6 +42,20 @@ def result_line(result: dict) -> str:
     )
 
 
+def memory_line(losses: dict[str, float]) -> str:
+    """How much of a held-out loss the memory is worth, and how much of that is in what it remembers."""
+    on, off, shuffled = (losses[name] for name in ("on", "off", "shuffled"))
+    gain = off - on
+    text = (
+        f"   Con la memoria, {spanish(on, 4)}; apagada, {spanish(off, 4)}; con las filas de otros n-gramas, "
+        f"{spanish(shuffled, 4)}."
+    )
+    if gain < 0.002:
+        return f"{text} La memoria no ha aprendido nada que se note: prueba más pasos, o --tasas 3 (el triple)."
+    content = min(1, max(0, (shuffled - on) / gain))
+    return f"{text} Aporta {spanish(gain, 4)} nats por token, y el {spanish(100 * content)} % está en lo que recuerda."
+
+
 def result_table(results: list[dict]) -> str:
     """Markdown table of held-out results."""
     lines = ["| modelo | pérdida | perplejidad | bits por byte | tokens/s | tiempo |", "|" + " --- |" * 6]
@@ -122,6 +136,8 @@ Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones
 
 {table}
 
+{content}
+
 ![Curvas de pérdida](perdidas.png)
 """
 
@@ -134,14 +150,15 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
         base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
         repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
         backbone=spanish(model.num_parameters() - memory), corpus=outcome["corpus"].describe(),
-        table=result_table(outcome["results"]), **asdict(recipe),
+        table=result_table(outcome["results"]), content=memory_line(outcome["memory"]).strip(), **asdict(recipe),
     )  # fmt: skip
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in outcome["history"] + outcome["results"]]
-        (folder / LOG).write_text("".join(rows), encoding="utf-8")
+        rows = [*outcome["history"], *outcome["results"], dict(memory=outcome["memory"])]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / LOG).write_text("".join(lines), encoding="utf-8")
         plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
 
 

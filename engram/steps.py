@@ -71,12 +71,16 @@ def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 25
     )
 
 
-def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, first=0, offset=0, on_step=None):
+def run_steps(
+    accelerator, model, optimizer, corpus, recipe, *, steps, label, first=0, offset=0, on_step=None, share=None
+):
     """Train from step `first` to `steps`. Returns the seconds spent computing.
 
     Args:
         offset: steps of earlier phases, whose batches are not read again before the corpus is through.
         on_step: called after each step with (steps done, loss in nats per token, seconds so far); may raise to stop.
+        share: as `analyses.memory_share` yields it; numbers of each step's last batch take the place of its tensors,
+            and are shown: a memory that adds nothing is seen in the first steps.
     Raises:
         UserError: gradients that are not finite, too many steps in a row.
     """
@@ -117,11 +121,15 @@ def run_steps(accelerator, model, optimizer, corpus, recipe, *, steps, label, fi
                 "mira antes si el modelo de partida está sano: python verify_phi_engram.py --modelo CARPETA"
             )
         loss = accelerator.reduce(loss, "mean").item()
+        if share:
+            share.update(zip(share, torch.stack([*share.values()]).tolist()))
         seconds += time.perf_counter() - started
         recent = [*recent[-19:], loss]
         speed = recipe.tokens_per_step * (step + 1 - first) / seconds
         mean = spanish(sum(recent) / len(recent), 3)
-        note = f", {skipped} saltados" if skipped else ""
+        adds = 100 * sum(ratio for ratio, _ in share.values()) / len(share) if share else 0
+        note = f", la memoria aporta {spanish(adds, 2)} %" if share else ""
+        note += f", {skipped} saltados" if skipped else ""
         bar.set_postfix_str(f"pérdida {mean}, {spanish(speed)} tokens/s{note}", refresh=False)
         if on_step:
             on_step(step + 1, loss, seconds)

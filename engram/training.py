@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 from tqdm import tqdm
 
+from engram.analyses import memory_off, memory_share, shuffled_rows
 from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
 from engram.console import UserError, spanish
 from engram.corpus import Corpus
@@ -30,7 +31,7 @@ from engram.processes import (
     whole,
 )
 from engram.rows import TrainedTables
-from engram.sharing import LOG, result_line, save_trained, start_tracker
+from engram.sharing import LOG, memory_line, result_line, save_trained, start_tracker
 from engram.steps import Recipe, evaluate, recompute_activations, run_steps
 
 
@@ -79,7 +80,7 @@ class Training:
         self.identity = identity_of(asdict(self.recipe), corpus.digest, model.config.to_dict())
         self.state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
         self.saved = None  # the checkpoint to go on from
-        self.tables = self.running = self.optimizer = None
+        self.tables = self.running = self.optimizer = self.share = None
         self.accelerator.register_save_state_pre_hook(self.only_memory)
 
     def steps_before(self, phase: int) -> int:
@@ -208,6 +209,8 @@ class Training:
         rates |= dict(Phi=recipe.backbone_rate) if phase == 2 else {}
         values = {f"tasa/{word}": rate * rate_factor(step - 1, recipe.steps[phase - 1]) for word, rate in rates.items()}
         values |= {"entrenamiento/pérdida": loss, "entrenamiento/tokens por segundo": speed}
+        for layer, (share, gate) in self.state["history"][-1]["memory"].items():
+            values |= {f"memoria/aporte, capa {layer}": share, f"memoria/puerta, capa {layer}": gate}
         self.accelerator.log(values, step=self.steps_before(phase) + step)
 
     def run_phase(self, phase: int, stop: list):
@@ -228,7 +231,8 @@ class Training:
             self.measure("antes de entrenar", 0)
 
         def on_step(step, loss, spent):
-            self.state["history"].append(dict(phase=phase, step=step, loss=round(loss, 5)))
+            share = {layer: [round(value, 6) for value in pair] for layer, pair in self.share.items()}
+            self.state["history"].append(dict(phase=phase, step=step, loss=round(loss, 5), memory=share))
             self.log_step(phase, step, loss, recipe.tokens_per_step * (step - first) / spent)
             stopping = in_any_process(bool(stop), self.accelerator.device)  # all stop, or none
             # At the very end too: what comes next, saving the result, may find the disk full.
@@ -240,7 +244,7 @@ class Training:
 
         seconds = before + run_steps(
             self.accelerator, self.running, self.optimizer, self.corpus, recipe, steps=steps, label=f"Fase {phase}",
-            first=first, offset=self.steps_before(phase), on_step=on_step,
+            first=first, offset=self.steps_before(phase), on_step=on_step, share=self.share,
         )  # fmt: skip
         what, speed = "solo la memoria" if phase == 1 else "todo el modelo", recipe.tokens_per_step * steps / seconds
         done = self.steps_before(phase) + steps
@@ -249,9 +253,21 @@ class Training:
             if fingerprint(self.model) != self.state["backbone"]:
                 raise RuntimeError("phase 1 changed the backbone")
             self.accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+        if phase == 2 or not recipe.steps[1]:
+            self.measure_memory()
         self.tell_exchange(max(1, steps - first))
         self.accelerator.unwrap_model(self.running, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+
+    def measure_memory(self):
+        """Of the last held-out loss, how much is in what the memory remembers."""
+        losses = [self.state["results"][-1]["loss"]]
+        for changed in (memory_off, shuffled_rows):
+            with self.accelerator.autocast(), changed(self.model):
+                losses.append(evaluate(self.running, self.corpus, self.recipe, self.accelerator.device)["loss"])
+        put_apart(self.model)
+        self.state["memory"] = dict(zip(("on", "off", "shuffled"), losses))
+        self.accelerator.print(memory_line(self.state["memory"]))
 
     def tell_exchange(self, steps: int):
         """What a process sent per step since this was last told."""
@@ -279,7 +295,8 @@ def train_model(
         repo: user/name under which the card says that the model is found.
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
-        "history": [{"phase", "step", "loss"}, ...]}; results are measured before phase 1 and after each phase.
+        "history": [{"phase", "step", "loss", "memory": {layer: [‖Y‖/‖h‖, mean gate]}}, ...], "memory": {"on", "off",
+        "shuffled"}, held-out losses at the end}; results are measured before phase 1 and after each phase.
     Raises:
         UserError: nothing to resume, a checkpoint of another corpus, recipe or shape, or one in the way.
         KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
@@ -294,7 +311,7 @@ def train_model(
     if recipe.recompute:
         recompute_activations(model)
     tables = TrainedTables(model, recipe.row_state, recipe.processes, recipe.shard_rows, accelerator.device)
-    with stop_requests() as stop, tables:
+    with stop_requests() as stop, tables, memory_share(model) as training.share:
         training.tables = tables
         model.to(accelerator.device)
         for phase in (1, 2):
@@ -302,7 +319,9 @@ def train_model(
                 training.run_phase(phase, stop)
     if recipe.shard_model:
         gather(model, accelerator.is_main_process)
-    outcome = dict(results=state["results"], history=state["history"], recipe=recipe, corpus=corpus)
+    outcome = dict(
+        results=state["results"], history=state["history"], memory=state["memory"], recipe=recipe, corpus=corpus
+    )
     for open_tracker in accelerator.trackers:
         open_tracker.finish()
     if accelerator.is_main_process:

@@ -15,6 +15,7 @@ import engram.corpus as corpora
 import engram.pictures as pictures
 import engram.probes as probes
 import engram.report as reports
+import helpers
 import verify_phi_engram
 from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
 from engram.console import UserError, run_script
@@ -480,3 +481,38 @@ def test_without_matplotlib(capsys, models, monkeypatch, workplace):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run_main(capsys, "--profundidad", models / "uno")
     assert code == 1 and "pip install matplotlib" in err and not list(workplace.glob("*profundidad*"))
+
+
+def test_share_is_what_the_memory_adds_beside_the_hidden_state(make_model):
+    model, seen = make_model(), {}
+    ids = helpers.random_ids(model, 2, 12)
+    for layer in model.config.engram_layer_ids:
+        engram = model.model.layers[layer].engram
+        engram.register_forward_hook(lambda _, args, out, i=layer: seen.update({i: (args[0], out)}))
+    with torch.no_grad(), analyses.memory_share(model) as share:
+        assert not share
+        model(ids)
+        found = {layer: pair.tolist() for layer, pair in share.items()}
+        gates = analyses.gate_values(model, ids)
+    for layer, (hidden, added) in seen.items():
+        ratio = added.norm() / hidden.norm()
+        assert found[layer] == pytest.approx([ratio.item(), gates[layer].mean().item()], rel=1e-5)  # float32 sums
+    assert set(seen) == {1, 2}
+
+
+def test_shuffled_rows_are_those_of_other_ngrams_of_the_same_head(make_model):
+    model = make_model()
+    ids, table = helpers.random_ids(model, 2, 12), model.model.engram_tables["1"]
+    primes = model.model.engram_hash.primes[0].flatten()
+    with torch.no_grad():
+        table.weight.copy_(torch.arange(table.n_rows)[:, None].expand(-1, table.d_head))  # a row says its number
+        read, before = [], model(ids).logits
+        table.register_forward_hook(lambda _, args, rows: read.append(rows[..., 0].long()))
+        model(ids)
+        with analyses.shuffled_rows(model):
+            shuffled = model(ids).logits
+        again = model(ids).logits
+    first = primes.cumsum(0) - primes
+    straight, moved, _ = (rows - first for rows in read)
+    assert torch.equal(moved, (straight + primes // 2) % primes) and not torch.equal(moved, straight)
+    assert torch.equal(before, again) and not torch.equal(before, shuffled)

@@ -105,6 +105,23 @@ def test_phase_1_trains_the_memory_and_leaves_every_bit_of_phi(grafted, code, tm
     assert outcome["results"][1]["loss"] < outcome["results"][0]["loss"]
 
 
+def test_a_memory_that_learns_nothing_says_so(grafted, code, tmp_path, capsys):
+    corpus, said = corpora.prepare_corpus(open_grafted(grafted)[1], code, length=32), {}
+    for name, rate in (("nada", 1e-7), ("algo", 3e-2)):
+        model, tokenizer = open_grafted(grafted)
+        recipe = replace(RECIPE, memory_rates=(rate, rate), table_rates=(rate, rate), steps=(12, 0))
+        outcome = training.train_model(model, tokenizer, corpus, recipe, tmp_path / name)
+        said[name] = capsys.readouterr()
+        shares = [pair[0] for row in outcome["history"] for pair in row["memory"].values()]
+        assert len(shares) == 12 * len(model.config.engram_layer_ids) and shares[0] == 0  # untrained rows add nothing
+        assert shares[-1] < 1e-4 if name == "nada" else shares[-1] > 1e-2
+        assert outcome["memory"]["on"] == outcome["results"][-1]["loss"]
+        assert outcome["memory"]["off"] == pytest.approx(outcome["results"][0]["loss"], abs=1e-6)  # Phi is the same
+    assert "La memoria no ha aprendido nada que se note" in said["nada"].out
+    assert re.search(r"la memoria aporta \d+,\d\d %", said["algo"].err)
+    assert re.search(r"Aporta \d,\d{4} nats por token, y el \d+ % está en lo que recuerda", said["algo"].out)
+
+
 def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)
