@@ -20,7 +20,15 @@ try:
     import torch
     from transformers import logging as transformers_logging
 
-    from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish, unaccented
+    from engram.console import (
+        SpanishParser,
+        UserError,
+        in_command_of_notebook,
+        out_of_memory,
+        run_script,
+        spanish,
+        unaccented,
+    )
     from engram.conversation import TEMPERATURE, Chat, interruptible
     from engram.opening import about_memory, add_memory_options, open_model
     from phi1_engram import EngramFileError
@@ -77,9 +85,8 @@ def in_notebook() -> bool:
 
 
 def unanswered() -> bool:
-    """Whether what looks like a terminal never gets what the user types: a notebook's `!python`, but for Colab's."""
-    notebook = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "JPY_PARENT_PID" in os.environ
-    return notebook and sys.stdin.isatty() and "COLAB_RELEASE_TAG" not in os.environ
+    """Whether what looks like a terminal never gets what the user types."""
+    return in_command_of_notebook() and sys.stdin.isatty()
 
 
 def in_conversation() -> bool:

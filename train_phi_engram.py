@@ -47,7 +47,8 @@ except ImportError as error:
 # What a plan repeats of the command line in the command that it proposes; the rest it proposes itself.
 REPEATED = (
     "datos", "dataset", "max_tokens", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
-    "guardar_cada", "conservar", "registro", "subir", "publico", "cambiar_memoria", "reanudar",
+    "guardar_cada", "guardar_minutos", "copia", "conservar", "registro", "subir", "publico", "cambiar_memoria",
+    "reanudar",
 )  # fmt: skip
 
 
@@ -90,6 +91,13 @@ def parse(argv):
     )  # fmt: skip
     parser.add_argument("--semilla", type=int, default=0, help="del orden y del reparto (%(default)s)")
     parser.add_argument("--guardar-cada", type=int, default=200, help="pasos entre puntos de control (%(default)s)")
+    parser.add_argument(
+        "--guardar-minutos", type=int, default=10, help="y también cuando pasen tantos minutos (%(default)s)"
+    )
+    parser.add_argument(
+        "--copia", metavar="CARPETA", help="otra carpeta, que sobreviva a esta máquina (Drive): recibe cada punto de "
+        "control y al final el resultado; con --reanudar, en otra máquina, se sigue desde ahí",
+    )  # fmt: skip
     parser.add_argument("--conservar", type=int, default=1, help="puntos de control que se guardan (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
     parser.add_argument("--registro", choices=TRACKERS, help="apuntar también la marcha ahí (paquete opcional)")
@@ -106,7 +114,7 @@ def parse(argv):
         if name in given and value != 0:  # a phase that is left out is the plan's own word
             words = f"--{name.replace('_', '-')}"
             args.given.append(words if value is True else f"{words} {shlex.quote(str(value))}")
-    least = dict(longitud=2, lote=1, acumular=1, guardar_cada=1, conservar=1, max_tokens=1)
+    least = dict(longitud=2, lote=1, acumular=1, guardar_cada=1, guardar_minutos=1, conservar=1, max_tokens=1)
     for name, low in (least | dict(pasos_fase1=0, pasos_fase2=0, semilla=0)).items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2**32:
@@ -117,7 +125,7 @@ def parse(argv):
         raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.memoria == "disco":
         raise UserError("Con --memoria disco las filas solo se leen, y así no aprenden: usa --memoria ram, o auto.")
-    for name in ("datos", "salida"):
+    for name in ("datos", "salida", "copia"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
     args.salida = os.path.expanduser(args.salida)
@@ -133,6 +141,12 @@ def parse(argv):
         check_tracker(args.registro)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
+    if args.copia and args.plan is None:
+        args.copia = os.path.expanduser(args.copia)
+        if not os.path.isdir(args.copia):
+            raise UserError(f"--copia {args.copia}: no existe esa carpeta. ¿Has montado ya Drive?")
+        if Path(args.copia).resolve() == Path(args.salida).resolve().parent:
+            raise UserError(f"--copia {args.copia}: ahí mismo está --salida. Elige una carpeta de otro disco.")
     if args.publico and not args.subir:
         raise UserError("--publico solo tiene sentido con --subir usuario/nombre.")
     if args.subir and args.subir.count("/") != 1:
@@ -235,7 +249,7 @@ def train(args, accelerator):
     writable_memory(model)
     print(about_memory(model))
     checkpoints = output.with_name(output.name + "-checkpoints")
-    if not args.reanudar:  # from here on there is something to resume
+    if args.copia or not args.reanudar:  # from here on there is something to resume
         checkpoints.mkdir(parents=True, exist_ok=True)
     # The others wait for the main process in whatever it does next, and end with it.
     with hold(checkpoints) if accelerator.is_main_process and checkpoints.is_dir() else nullcontext(True) as alone:
@@ -269,7 +283,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,
-            keep=args.conservar, tracker=args.registro, repo=args.subir,
+            save_minutes=args.guardar_minutos, keep=args.conservar, copy=args.copia, tracker=args.registro,
+            repo=args.subir,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nPara seguir donde estaba: repite la misma orden con --reanudar")

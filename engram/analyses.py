@@ -15,9 +15,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from engram.console import UserError
+from engram.console import Progress, UserError
 from engram.probes import KEYWORD, KINDS, Sample
 
 LENGTH, BLOCKS = 256, 256  # tokens per block and most blocks: those on which the demo's training measures its loss
@@ -448,7 +447,7 @@ def analyse(model, twin, tokenizer, sample: Sample) -> dict:
     def last_state(ids):
         return run_states(model, ids)[0][-1:]
 
-    for part in tqdm(torch.arange(len(sample.ids)).split(size), desc="Midiendo", unit=" lote"):
+    for part in Progress(torch.arange(len(sample.ids)).split(size), desc="Midiendo", unit=" lote"):
         ids = sample.ids[part].to(model.device)
         states, alpha = run_states(model, ids)
         alphas.append({layer: values.cpu() for layer, values in alpha.items()})

@@ -7,6 +7,8 @@ import errno
 import json
 import math
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engram.console import UserError, gigabytes, out_of_memory, spanish
@@ -108,6 +110,59 @@ def write_checkpoint(folder: Path, state: dict, write, keep: int = 1) -> Path:
         if path not in kept[-keep:]:
             discard(path)
     return checkpoint
+
+
+class Copies:
+    """A second place for checkpoints, on a drive that outlives the machine: filled in the background, the newest stays.
+
+    A copy that fails is said, and stops no training.
+    """
+
+    def __init__(self, folder, checkpoints: Path):
+        self.place, self.checkpoints = Path(folder).expanduser() / checkpoints.name, checkpoints
+        self.worker, self.going = ThreadPoolExecutor(1, thread_name_prefix="copia"), None
+
+    def send(self, checkpoint: Path):
+        """Begin to copy a whole checkpoint."""
+        self.going = self.worker.submit(self._copy, checkpoint)
+
+    def _copy(self, checkpoint: Path):
+        copy_folder(checkpoint, self.place / checkpoint.name)
+        for older in all_checkpoints(self.place):
+            if older.name != checkpoint.name:
+                discard(older)
+
+    def wait(self):
+        """Until the last copy is there."""
+        going, self.going = self.going, None
+        try:
+            if going:
+                going.result()
+        except (OSError, UserError, shutil.Error) as error:
+            print(f"⚠️  No se ha podido copiar el punto de control a {self.place}: {error} El entrenamiento sigue.")
+
+    def bring(self):
+        """The newest whole copy, where this machine has none as new."""
+        there = [path for path in all_checkpoints(self.place) if not fault(path)] if self.place.is_dir() else []
+        here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
+        if there and (not here or _position(here[-1]) < _position(there[-1])):
+            print(f"Traigo {there[-1].name} de {self.place} …")
+            copy_folder(there[-1], self.checkpoints / there[-1].name)
+
+    def finish(self, output: Path):
+        """The result beside the copies, which nobody needs any more."""
+        self.wait()
+        try:
+            copy_folder(output, self.place.parent / output.name)
+            discard(self.place)
+            print(f"✅ Copiado en {self.place.parent / output.name}/")
+        except (OSError, UserError, shutil.Error) as error:
+            print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")
+
+
+def copy_folder(source: Path, target: Path):
+    with whole_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def last_checkpoint(folder: Path, output: Path, identity: dict, data: str) -> tuple[Path | None, dict]:

@@ -4,13 +4,17 @@ import argparse
 import codecs
 import difflib
 import errno
+import os
 import re
+import signal
 import sys
 import unicodedata
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from engram.signals import SIGNALS
 from phi1_engram import EngramFileError
 
 ASCII_SIGNS = str.maketrans(
@@ -61,6 +65,8 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, (UserError, EngramFileError)):
         message = f"❌ {error}"
     elif isinstance(error, KeyboardInterrupt):
+        for number in SIGNALS:  # a notebook's stop button sends several
+            signal.signal(number, signal.SIG_IGN)
         message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
     elif isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
         what = "No queda espacio en el disco" if error.errno in NO_SPACE else "Sin permiso"
@@ -115,6 +121,38 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
     )
+
+
+def in_command_of_notebook() -> bool:
+    """Whether this is a notebook's `!python`, which gets no input and shows no line twice; Colab's is a terminal."""
+    return ("KAGGLE_KERNEL_RUN_TYPE" in os.environ or "JPY_PARENT_PID" in os.environ) and (
+        "COLAB_RELEASE_TAG" not in os.environ
+    )
+
+
+class Progress(tqdm):
+    """tqdm's bar; into a file or a notebook a line every half minute, instead of thousands of carriage returns."""
+
+    def __init__(self, *args, **kwargs):
+        self.in_lines = not sys.stderr.isatty() or in_command_of_notebook()
+        slow = dict(mininterval=30, maxinterval=30) if self.in_lines else {}
+        super().__init__(*args, **slow, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if not self.in_lines:
+            return super().display(msg, pos)
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def clear(self, nolock=False):
+        if not self.in_lines:
+            super().clear(nolock)
+
+    def close(self):
+        if self.in_lines and not self.disable:
+            self.display()
+            self.disable = True
+        super().close()
 
 
 def spanish(number, digits=0):

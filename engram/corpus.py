@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from engram.console import UserError, spanish
+from engram.console import Progress, UserError, spanish
 from engram.folders import sweep, whole_folder
 
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
@@ -292,7 +291,7 @@ def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
     count, begins, encoder = 0, True, tokenizer.backend_tokenizer  # itself: no offsets, in half the time
     encoder.no_truncation()
     encoder.no_padding()
-    bar = tqdm(total=total, desc="Tokenizando", unit="B", unit_scale=True)
+    bar = Progress(total=total, desc="Tokenizando", unit="B", unit_scale=True)
     with whole_folder(folder) as temporary, bar:
         paths = temporary / "train.bin", temporary / "held.bin"
         with open(paths[0], "wb") as train, open(paths[1], "wb") as held:

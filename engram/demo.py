@@ -21,8 +21,9 @@ from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
 from engram.optimizers import make_optimizer
 from engram.processes import make_accelerator, prepare
 from engram.sharing import result_line, result_table
+from engram.signals import stop_requests
 from engram.steps import Recipe, evaluate, run_steps
-from engram.training import stop_requests, train_model
+from engram.training import train_model
 
 # A small model trained from scratch takes, and needs, far higher rates.
 DEMO_RECIPE = Recipe(

@@ -50,15 +50,20 @@ def hold(folder):
     Not the folder's own lock, which whoever writes into it takes for a moment.
     """
     file = Path(folder, ".en-marcha")
-    if fcntl is not None:
-        file.touch()
-    handle = _lock(file)
-    try:
-        yield handle is not None or fcntl is None
-    finally:
-        if handle is not None:
+    file.touch()
+    with open(file) as handle:
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # many network drives
+            print(f"ℹ️  {folder} no admite bloqueos: cuida de que nadie más entrene ahí a la vez.")
+        try:
+            yield True
+        finally:
             file.unlink(missing_ok=True)
-        _unlock(handle)
 
 
 def _hidden_name(path) -> Path:

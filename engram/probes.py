@@ -10,9 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from engram.console import UserError, spanish
+from engram.console import Progress, UserError, spanish
 
 KINDS = (
     "palabra clave", "nombre", "número", "cadena", "comentario", "operador", "sangría y saltos de línea",
@@ -119,7 +118,7 @@ def held_out_blocks(tokenizer, source, n_blocks: int, length: int) -> Sample:
     count = len(tokens) // length
     chosen = np.unique(np.linspace(0, count - 1, min(count, n_blocks)).astype(int))
     kinds, names = np.full((len(chosen), length), OTHER, np.uint8), np.zeros((len(chosen), length), bool)
-    for row, start in enumerate(tqdm(chosen * length, desc="Clasificando el texto", unit=" bloque")):
+    for row, start in enumerate(Progress(chosen * length, desc="Clasificando el texto", unit=" bloque")):
         for document in range(np.searchsorted(ends, start), np.searchsorted(ends, start + length) + 1):
             first = ends[document - 1] + 1 if document else 0
             a, b = max(first, start), min(ends[min(document, len(ends) - 1)], start + length)

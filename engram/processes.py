@@ -94,13 +94,17 @@ def average_gradients(parameters):
             torch.distributed.all_reduce(parameter.grad.div_(world))
 
 
-def in_any_process(flag: bool, device) -> bool:
-    """Whether it is true in one of the processes; all have to ask."""
+def highest(value: float, device) -> float:
+    """The largest that one of the processes has; all have to ask."""
     if not torch.distributed.is_initialized():
-        return flag
-    found = torch.tensor(float(flag), device=device)
+        return value
+    found = torch.tensor(float(value), device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return found.item() > 0
+    return found.item()
+
+
+def in_any_process(flag: bool, device) -> bool:
+    return highest(flag, device) > 0
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from engram.console import UserError, spanish
+from engram.console import Progress, UserError, spanish
 from engram.corpus import Corpus, batch_at
 from engram.optimizers import clip_gradients, rate_factor
 
@@ -94,7 +93,7 @@ def run_steps(
 
     ids = batch((offset + first) * recipe.accumulate)
     hidden = not accelerator.is_main_process
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=label, unit="paso", disable=hidden)
+    bar = Progress(range(first, steps), initial=first, total=steps, desc=label, unit="paso", disable=hidden)
     for step in bar:
         started = time.perf_counter()
         for group in optimizer.param_groups:

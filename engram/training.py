@@ -3,24 +3,23 @@
 import errno
 import hashlib
 import re
-import signal
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import current_thread, main_thread
 
 import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
-from tqdm import tqdm
 
 from engram.analyses import memory_off, memory_share, shuffled_rows
-from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
+from engram.checkpoints import Copies, all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
 from engram.console import UserError, spanish
 from engram.corpus import Corpus
 from engram.folders import discard, no_space, sweep
 from engram.optimizers import make_optimizer, rate_factor
 from engram.processes import (
     gather,
+    highest,
     in_any_process,
     in_parts,
     load_parts,
@@ -32,27 +31,8 @@ from engram.processes import (
 )
 from engram.rows import TrainedTables
 from engram.sharing import LOG, memory_line, result_line, save_trained, start_tracker
+from engram.signals import StopRequests, stop_requests
 from engram.steps import Recipe, evaluate, recompute_activations, run_steps
-
-
-@contextmanager
-def stop_requests():
-    """Yield a list that is empty until Ctrl-C or kill asks to stop after the current step; twice stops at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        tqdm.write("\nTermino este paso y lo dejo; otra vez Ctrl-C para salir ya.")
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
-    old = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def fingerprint(model) -> str:
@@ -72,15 +52,17 @@ class Training:
     step, the held-out results so far, and the digest of the backbone before phase 1.
     """
 
-    def __init__(self, model, corpus: Corpus, recipe: Recipe, output: Path, save_every: int, keep: int, tracker):
-        self.model, self.corpus, self.output, self.save_every, self.keep = model, corpus, output, save_every, keep
+    def __init__(self, model, corpus: Corpus, recipe: Recipe, output: Path, saving: dict, copy, tracker):
+        self.model, self.corpus, self.output, self.saving = model, corpus, output, saving
         self.checkpoints = output.with_name(output.name + "-checkpoints")
         self.accelerator = make_accelerator(recipe.shard_model, log_with=tracker, project_dir=output.parent)
         self.recipe = replace(recipe, processes=self.accelerator.num_processes)
         self.identity = identity_of(asdict(self.recipe), corpus.digest, model.config.to_dict())
         self.state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
         self.saved = None  # the checkpoint to go on from
+        self.copies = Copies(copy, self.checkpoints) if copy and self.accelerator.is_main_process else None
         self.tables = self.running = self.optimizer = self.share = None
+        self.saved_at = time.monotonic()
         self.accelerator.register_save_state_pre_hook(self.only_memory)
 
     def steps_before(self, phase: int) -> int:
@@ -93,6 +75,9 @@ class Training:
         if self.accelerator.is_main_process:
             sweep(self.output.parent, re.escape(self.output.name) + "(?:-checkpoints)?")
             sweep(self.checkpoints, "fase-.*")
+            if resume and self.copies:
+                self.copies.bring()
+        self.accelerator.wait_for_everyone()
         if not resume:
             if all_checkpoints(self.checkpoints):
                 raise UserError(
@@ -167,7 +152,11 @@ class Training:
         main, failure = self.accelerator.is_main_process, None
         try:
             if main:
-                write_checkpoint(self.checkpoints, now, self.write, self.keep)
+                if self.copies:
+                    self.copies.wait()  # it may still read what the new one is to replace
+                checkpoint = write_checkpoint(self.checkpoints, now, self.write, self.saving["keep"])
+                if self.copies:
+                    self.copies.send(checkpoint)
             else:
                 self.write(None)
         except Exception as error:
@@ -175,6 +164,7 @@ class Training:
         if in_any_process(failure is not None, self.accelerator.device):
             # Of a full disk the main process speaks alone: it knows which checkpoint is left.
             raise failure if failure and (main or not no_space(failure)) else SystemExit(1)
+        self.saved_at = time.monotonic()
 
     # ----- a phase
 
@@ -213,11 +203,11 @@ class Training:
             values |= {f"memoria/aporte, capa {layer}": share, f"memoria/puerta, capa {layer}": gate}
         self.accelerator.log(values, step=self.steps_before(phase) + step)
 
-    def run_phase(self, phase: int, stop: list):
+    def run_phase(self, phase: int, stop: StopRequests):
         """Phase 1 or 2 from where it stands to its end.
 
         Raises:
-            KeyboardInterrupt: `stop` filled in one of the processes; after saving.
+            KeyboardInterrupt: one of the processes was asked to stop; after saving.
         """
         steps, first, before, recipe = self.recipe.steps[phase - 1], 0, 0.0, self.recipe
         self.begin(phase)
@@ -234,12 +224,16 @@ class Training:
             share = {layer: [round(value, 6) for value in pair] for layer, pair in self.share.items()}
             self.state["history"].append(dict(phase=phase, step=step, loss=round(loss, 5), memory=share))
             self.log_step(phase, step, loss, recipe.tokens_per_step * (step - first) / spent)
-            stopping = in_any_process(bool(stop), self.accelerator.device)  # all stop, or none
+            late = time.monotonic() - self.saved_at > 60 * self.saving["minutes"]
+            wish = highest(2 * bool(stop) or late, self.accelerator.device)  # all stop or save, or none
             # At the very end too: what comes next, saving the result, may find the disk full.
             last = step == steps and (phase == 2 or not recipe.steps[1])
-            if stopping or last or (step % self.save_every == 0 and step < steps):
-                self.save(phase=phase, step=step, seconds=before + spent)
-            if stopping:
+            if wish == 2 or last or (step < steps and (wish or step % self.saving["steps"] == 0)):
+                with stop.saving():
+                    self.save(phase=phase, step=step, seconds=before + spent)
+                    if wish == 2 and self.copies:
+                        self.copies.wait()
+            if wish == 2:
                 raise KeyboardInterrupt
 
         seconds = before + run_steps(
@@ -281,8 +275,8 @@ class Training:
 
 
 def train_model(
-    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, keep=1,
-    tracker: str | None = None, repo: str | None = None,
+    model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, save_minutes=10.0,
+    keep=1, copy=None, tracker: str | None = None, repo: str | None = None,
 ) -> dict:  # fmt: skip
     """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
 
@@ -290,7 +284,8 @@ def train_model(
         model: PhiEngramForCausalLM in float32; trained in place.
         output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
         resume: go on from the last whole checkpoint.
-        save_every: steps between checkpoints; `keep`: how many of them stay.
+        save_every: steps between checkpoints, or `save_minutes`, whatever comes first; `keep`: how many of them stay.
+        copy: a folder that outlives this machine; it gets each checkpoint in the background, and at the end the result.
         tracker: one of TRACKERS, which gets losses, rates, speed and held-out results.
         repo: user/name under which the card says that the model is found.
     Returns:
@@ -302,7 +297,8 @@ def train_model(
         KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
     """
     output = Path(output)
-    training = Training(model, corpus, recipe, output, save_every, keep, tracker)
+    saving = dict(steps=save_every, minutes=save_minutes, keep=keep)
+    training = Training(model, corpus, recipe, output, saving, copy, tracker)
     accelerator, recipe, state = training.accelerator, training.recipe, training.state
     training.find_start(resume)
     set_seed(recipe.seed)
@@ -329,6 +325,8 @@ def train_model(
             if output.exists() and not (output / LOG).exists():  # not this training's, half discarded
                 raise UserError(f"{output}/ no estaba al empezar y no la voy a pisar: cámbiale el nombre.")
             save_trained(model, tokenizer, outcome, output, repo)
+            if training.copies:
+                training.copies.finish(output)
         except UserError as error:
             raise UserError(
                 f"{error} Lo entrenado está en {training.checkpoints}: repite después con --reanudar."

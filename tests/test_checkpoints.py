@@ -1,11 +1,16 @@
 """Nothing lost: kills, full disks, copied and half copied checkpoints, other trainings, leftovers, trackers."""
 
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -248,6 +253,73 @@ def test_damage_is_told_from_what_keeps_a_good_checkpoint_from_being_read(tmp_pa
         OSError(5, "Input/output error"),
     ):  # fmt: skip
         assert not checkpoints.is_damage(other), other
+
+
+# --- ends that are not tidy
+
+
+def begun_in_a_terminal(*options):
+    """(process, terminal, what it printed) of a long training, some steps after its beginning."""
+    words = [sys.executable, train.__file__, *kills.OPTIONS, *SHORT, "--guardar-cada", "1000", "--pasos-fase1", "400"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # as a shell leaves them, even if the tests run behind nohup
+        os.execv(words[0], [*words, *options])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    seen = b""
+    while b"aporta" not in seen:
+        more = read_or_end(terminal)
+        assert more, seen.decode(errors="replace")[-2000:]
+        seen += more
+    return child, terminal, seen
+
+
+def test_a_closed_terminal_and_a_stop_button_save(place):
+    """A terminal that goes away sends SIGHUP; a notebook's stop button SIGHUP and SIGINT, 0.2 s apart."""
+    folder = place / f"{kills.OUTPUT}-checkpoints"
+    child, terminal, _ = begun_in_a_terminal()
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    (closed,) = checkpoints.all_checkpoints(folder)
+    assert checkpoints.fault(closed) is None and checkpoints._position(closed) > (1, 0)
+
+    child, terminal, seen = begun_in_a_terminal("--reanudar")
+    for number in (signal.SIGHUP, signal.SIGINT):
+        os.kill(child, number)
+        time.sleep(0.2)
+    while more := read_or_end(terminal):
+        seen += more
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130, seen.decode(errors="replace")[-2000:]
+    (stopped,) = checkpoints.all_checkpoints(folder)
+    assert checkpoints.fault(stopped) is None and checkpoints._position(stopped) > checkpoints._position(closed)
+
+
+def read_or_end(terminal) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other side is gone
+        return b""
+
+
+def test_copies_outlive_the_machine_and_a_copy_that_fails_stops_nothing(place, whole, tmp_path):
+    drive = tmp_path / "Drive"
+    drive.mkdir()
+    killed(place, "un paso", 13, 0, options=["--copia", str(drive)])  # the second save waited for the first copy
+    copies = drive / f"{kills.OUTPUT}-checkpoints"
+    assert [path.name for path in checkpoints.all_checkpoints(copies)] in (
+        ["fase-1-paso-0000002"], ["fase-2-paso-0000000"], ["fase-1-paso-0000002", "fase-2-paso-0000000"],
+    )  # fmt: skip
+    shutil.rmtree(place / f"{kills.OUTPUT}-checkpoints")  # another machine
+    code, out = run(place, "--copia", str(drive), "--reanudar")
+    assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
+    assert weights(place) == whole and weights(drive) == whole and not copies.exists()
+    shutil.rmtree(place / kills.OUTPUT)
+    (drive / f"{kills.OUTPUT}-checkpoints").write_text("en medio")
+    code, out = run(place, "--copia", str(drive))
+    assert code == 0 and "No se ha podido copiar el punto de control" in out and weights(place) == whole, out
 
 
 # --- full disk

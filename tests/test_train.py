@@ -122,6 +122,17 @@ def test_a_memory_that_learns_nothing_says_so(grafted, code, tmp_path, capsys):
     assert re.search(r"Aporta \d,\d{4} nats por token, y el \d+ % está en lo que recuerda", said["algo"].out)
 
 
+@pytest.mark.parametrize(("minutes", "saved"), [(0, 9), (1000, 2)])
+def test_checkpoints_come_by_time_too(grafted, code, tmp_path, monkeypatch, minutes, saved):
+    """Of 4 + 4 steps: each, and the beginning of phase 2; or only that and the last."""
+    model, tokenizer = open_grafted(grafted)
+    seen, write = [], training.write_checkpoint
+    monkeypatch.setattr(training, "write_checkpoint", lambda *args: seen.append(args[1]) or write(*args))
+    corpus = corpora.prepare_corpus(tokenizer, code, length=32)
+    training.train_model(model, tokenizer, corpus, RECIPE, tmp_path / "fuera", save_every=10**9, save_minutes=minutes)
+    assert len(seen) == saved - (minutes == 0)  # the last step of phase 1 is saved as the beginning of phase 2
+
+
 def test_a_backbone_that_moves_in_phase_1_is_noticed(grafted, code, tmp_path, monkeypatch):
     model, tokenizer = open_grafted(grafted)
     corpus = corpora.prepare_corpus(tokenizer, code, length=32)

@@ -1,0 +1,46 @@
+"""What scripts say on other ends than a terminal, and folders that cannot be locked."""
+
+import errno
+import io
+import sys
+
+import pytest
+
+import engram.folders as folders
+from engram.console import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("notebook", [None, "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"])
+def test_a_bar_prints_lines_where_lines_stay(monkeypatch, notebook):
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO() if notebook is None else Terminal())
+    if notebook:
+        monkeypatch.setenv(notebook, "1")
+    bar = Progress(range(2000), desc="Midiendo")
+    for _ in bar:
+        bar.set_postfix_str("pérdida 2,1", refresh=False)
+    seen = sys.stderr.getvalue()
+    if notebook == "COLAB_RELEASE_TAG":  # its commands have a terminal that redraws
+        assert "\r" in seen
+    else:
+        lines = seen.splitlines()
+        assert "\r" not in seen and len(lines) == 2  # at the beginning and at the end
+        assert "2000/2000" in lines[-1] and "pérdida 2,1" in lines[-1] and "Midiendo" in lines[0]
+
+
+def test_a_folder_without_locks_is_held_and_it_is_said_once(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    with folders.hold(tmp_path) as alone:
+        assert alone
+    assert capsys.readouterr().out.count("no admite bloqueos") == 1
+    monkeypatch.undo()
+    with folders.hold(tmp_path) as first, folders.hold(tmp_path) as second:
+        assert first and not second
