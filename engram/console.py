@@ -53,6 +53,9 @@ def run_script(main, argv=None):
     try:
         sys.exit(main(argv) or 0)
     except (UserError, KeyboardInterrupt, EngramFileError, OSError) as error:
+        if isinstance(error, KeyboardInterrupt) and main.__module__ == "__main__":
+            for number in SIGNALS:  # a notebook's stop button sends several, and this process is ending
+                signal.signal(number, signal.SIG_IGN)
         code = tell(error)
         if code is None:
             raise
@@ -65,8 +68,6 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, (UserError, EngramFileError)):
         message = f"❌ {error}"
     elif isinstance(error, KeyboardInterrupt):
-        for number in SIGNALS:  # a notebook's stop button sends several
-            signal.signal(number, signal.SIG_IGN)
         message, code = "\n⏹️  Interrumpido. Lo que ya estaba guardado sigue intacto.", 130
     elif isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS):
         what = "No queda espacio en el disco" if error.errno in NO_SPACE else "Sin permiso"
