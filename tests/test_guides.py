@@ -14,6 +14,7 @@ from engram.opening import add_memory_options
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("README.md", "DOCUMENTACION_TECNICA.md")
+RESULTS = "tests/study/RESULTADOS.md"
 
 
 def blocks(guide, language):
@@ -47,7 +48,7 @@ def test_python_blocks_run_in_order(guide, published, tmp_path):
         assert re.search(r"\{1: \(1, \d+, 16\)\}", done.stdout)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", [*GUIDES, RESULTS])
 def test_every_flag_named_in_a_guide_exists(guide):
     text = (ROOT / guide).read_text(encoding="utf-8")
     for script in ("verify", "load", "train", "chat"):
@@ -61,20 +62,47 @@ def test_every_flag_named_in_a_guide_exists(guide):
             assert f'"{flag}"' in source, (script, flag)
 
 
-def test_links_and_files_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    technical = (ROOT / "DOCUMENTACION_TECNICA.md").read_text(encoding="utf-8")
+def prose(document: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r"^ *```.*?^ *```$", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
 
-    def anchors(document):
-        titles = re.findall(r"^#+ (.*)$", document, re.M)
-        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+def anchors(document: Path) -> list[str]:
+    """The addresses that GitHub gives to a document's headings (a second one of the same name would get another)."""
+    titles = re.findall(r"^#+ (.*)$", prose(document), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, RESULTS])
+def test_links_lead_somewhere(guide):
+    document = ROOT / guide
+    assert len(set(anchors(document))) == len(anchors(document)), "two headings with the same address"
+    links = re.findall(r"\]\((?!http)([^)]+)\)", prose(document))
+    assert links
+    for target in links:
         path, _, anchor = target.partition("#")
-        assert not path or (ROOT / path).exists(), target
-        if anchor:
-            assert anchor in anchors(technical if path else text), target
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, RESULTS])
+def test_files_named_in_a_guide_exist(guide):
+    text = (ROOT / guide).read_text(encoding="utf-8")
     for name in re.findall(r"`(\w+\.(?:py|md|txt))`", text):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
-    # The roadmap's address is linked from elsewhere, too.
-    assert "7-próximos-pasos-técnicos-y-hoja-de-ruta" in anchors(technical)
+        if name not in ("engram_demo_v1.py", "bench_training.py"):  # DeepSeek's, and one that has moved
+            assert any((ROOT / place / name).exists() for place in ("", "tests", "tests/study")), name
+    for name in re.findall(r"\b(?:engram|tests)/[\w/]+\.(?:py|jsonl)\b", text):
+        assert (ROOT / name).exists() or name == "tests/bench_engram.py", name
+
+
+def test_the_roadmap_stays_where_others_link_to():
+    assert "7-próximos-pasos-técnicos-y-hoja-de-ruta" in anchors(ROOT / "DOCUMENTACION_TECNICA.md")
+
+
+def test_every_room_is_on_the_map():
+    """Section 1 of the technical guide names the rooms of engram/, all of them and no other."""
+    text = (ROOT / "DOCUMENTACION_TECNICA.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| piso \|.*?\n\n", text, re.S | re.M)[0]
+    rooms = {path.stem for path in (ROOT / "engram").glob("[!_]*.py")}
+    assert set(re.findall(r"`(\w+)`", table)) == rooms
