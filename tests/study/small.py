@@ -2,7 +2,7 @@
 
     python tests/study/small.py                      # says which rows are done, and runs the missing ones in order
     python tests/study/small.py --fila engram-s0     # one row
-    python tests/study/small.py --tabla              # the tables of DOCUMENTACION_TECNICA.md, section 6.4.1
+    python tests/study/small.py --tabla              # the tables of tests/study/RESULTADOS.md
 
 Every row goes on from one base, a Phi of the demo's shape trained from scratch on Python's standard library (made once,
 in ~/.cache/phi-engram/estudio/). Seeds vary the memory's first projections and the order of the further text, never

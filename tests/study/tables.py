@@ -1,4 +1,4 @@
-"""The study's rows as the Markdown tables of DOCUMENTACION_TECNICA.md: python tests/study/small.py --tabla."""
+"""The study's rows as the Markdown tables of tests/study/RESULTADOS.md: python tests/study/small.py --tabla."""
 
 from statistics import mean, stdev
 
