@@ -9,6 +9,7 @@ Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at
 are row-sparse: a step touches the rows that its batch reads.
 """
 
+import codecs
 import difflib
 import importlib.util
 import math
@@ -33,6 +34,7 @@ try:
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
     from engram.steps import PHI_1_RECIPE, Recipe, scaled
+    from engram.texts import TEXT_SUFFIXES
     from engram.training import train_model
     from phi1_engram import unpack
 except ImportError as error:
@@ -46,7 +48,7 @@ except ImportError as error:
 
 # What a plan repeats of the command line in the command that it proposes; the rest it proposes itself.
 REPEATED = (
-    "datos", "dataset", "max_tokens", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
+    "datos", "dataset", "codificacion", "max_tokens", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
     "guardar_cada", "guardar_minutos", "copia", "conservar", "registro", "subir", "publico", "cambiar_memoria",
     "reanudar",
 )  # fmt: skip
@@ -59,7 +61,9 @@ def parse(argv):
     )
     parser.add_argument("--demo", action="store_true", help="sin Hub ni GPU: unos 15 minutos, con control y tabla")
     parser.add_argument("--modelo", default="phi1-engram", help="carpeta o usuario/nombre (por defecto, %(default)s)")
-    parser.add_argument("--datos", help="carpeta o archivo .py, .txt, .md o .jsonl (sin él, la biblioteca estándar)")
+    kinds = ", ".join(TEXT_SUFFIXES)
+    parser.add_argument("--datos", help=f"carpeta o archivo {kinds} (sin él, la biblioteca estándar)")
+    parser.add_argument("--codificacion", help="de los archivos que no son UTF-8; latin-1, por ejemplo")
     parser.add_argument("--dataset", help="dataset del Hub, con el paquete opcional datasets")
     parser.add_argument("--max-tokens", type=int, help="dejar de leer el corpus tras tantos tokens")
     parser.add_argument("--salida", default="phi1-engram-trained", help="carpeta final (por defecto, %(default)s)")
@@ -139,6 +143,12 @@ def parse(argv):
         raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
     if args.plan is None:
         check_tracker(args.registro)
+    if args.codificacion:
+        try:
+            codecs.lookup(args.codificacion)
+        except LookupError:
+            unknown = f"--codificacion {args.codificacion}: no existe. La de los textos antiguos en español es latin-1."
+            raise UserError(unknown) from None
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.copia and args.plan is None:
@@ -265,7 +275,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
     with accelerator.main_process_first():  # the others find it tokenised
         corpus = prepare_corpus(
             tokenizer, args.datos, dataset=args.dataset, length=args.longitud, seed=args.semilla,
-            max_tokens=args.max_tokens, fresh=accelerator.is_main_process,
+            max_tokens=args.max_tokens, fresh=accelerator.is_main_process, encoding=args.codificacion,
         )  # fmt: skip
     print(corpus.describe())
     if corpus.skipped:

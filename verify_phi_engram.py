@@ -54,7 +54,7 @@ def main(argv=None) -> int:
         "MODELO-control si la hay; si no, el mismo modelo con la memoria apagada)",
     )  # fmt: skip
     depth.add_argument(
-        "--datos", metavar="RUTA", help="carpeta o archivo .py, .txt, .md o .jsonl; se mide lo que el entrenamiento "
+        "--datos", metavar="RUTA", help="carpeta o archivo de texto; se mide lo que el entrenamiento "
         "aparta (por defecto, de la biblioteca estándar de Python)",
     )  # fmt: skip
     depth.add_argument("--bloques", type=int, default=256, metavar="N", help="como mucho N × 256 tokens (%(default)s)")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from engram.console import spanish
-from engram.corpus import Skipped, documents, prepare_corpus, standard_library, text_files
+from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
 from engram.optimizers import make_optimizer
@@ -23,6 +23,7 @@ from engram.processes import make_accelerator, prepare
 from engram.sharing import result_line, result_table
 from engram.signals import stop_requests
 from engram.steps import Recipe, evaluate, run_steps
+from engram.texts import Skipped, documents, standard_library, text_files
 from engram.training import train_model
 
 # A small model trained from scratch takes, and needs, far higher rates.

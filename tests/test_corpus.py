@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import engram.corpus as corpora
+import engram.texts as texts
 from engram.console import UserError
 from engram.steps import Recipe
 
@@ -32,7 +33,7 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
     latin1 = "camión".encode("latin-1")
     (folder / "tres.jsonl").write_bytes("\n".join(rows).encode() + b"\n" + latin1 + b"\n" + b"[" * 10**5)
     (folder / "vacio.txt").write_text("")
-    (folder / "blanco.txt").write_text(" \n" * corpora.PIECE)
+    (folder / "blanco.txt").write_text(" \n" * texts.PIECE)
     (folder / "binario.txt").write_bytes(b"abc\0def")
     (folder / "tarde.txt").write_bytes(b"parece texto\n" * 30000 + b"\0")
     (folder / "latin1.txt").write_bytes(latin1)
@@ -50,14 +51,15 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(corpora, "open", forbidding, raising=False)
+    monkeypatch.setattr(texts, "open", forbidding, raising=False)
     corpus = corpora.prepare_corpus(tokenizer, folder, length=8)
     assert corpus.documents == 6
     ids = [*corpus.train, *corpus.held_out]
     assert ids.count(tokenizer.eos_token_id) == 6  # documents are separated by one <|endoftext|>
     named = {
         "vacio.txt": "vacío", "blanco.txt": "vacío", "binario.txt": "binario", "tarde.txt": "binario",
-        "latin1.txt": "no es UTF-8", "mordido.txt": "no es UTF-8", "bucle": "enlace a una carpeta",
+        "latin1.txt": "no es UTF-8; si es antiguo, prueba --codificacion latin-1", "foto.png": "tipo .png",
+        "mordido.txt": "no es UTF-8; si es antiguo, prueba --codificacion latin-1", "bucle": "enlace a una carpeta",
         "roto.py": "enlace a algo que no existe", "circulo.py": "enlace en bucle",
         "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:8": "vacío",
         "tres.jsonl:5": "no es un objeto JSON",
@@ -66,7 +68,8 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
     }  # fmt: skip
     assert set(corpus.skipped.examples) == {f"{folder / name} ({reason})" for name, reason in named.items()}
     assert len(corpus.skipped) == len(named) and corpus.skipped.reasons["vacío"] == 3
-    assert "Se saltaron 17 archivos o líneas que no son texto (" in corpus.skipped.describe()
+    assert "Se saltaron 18 archivos o líneas (" in corpus.skipped.describe()
+    assert "guárdalo como .txt" in corpus.skipped.describe()
     again = corpora.prepare_corpus(tokenizer, folder, length=8)  # the names too are kept
     assert again.skipped == corpus.skipped
 
@@ -76,7 +79,7 @@ def test_many_skipped_files_are_all_counted_and_few_named(tmp_path, tokenizer):
         (tmp_path / f"v{i:03d}.txt").write_text("")
     (tmp_path / "x.txt").write_text("hola " * 1000)
     skipped = corpora.prepare_corpus(tokenizer, tmp_path, length=8).skipped
-    assert len(skipped) == skipped.reasons["vacío"] == 100 and len(skipped.examples) == corpora.NAMED
+    assert len(skipped) == skipped.reasons["vacío"] == 100 and len(skipped.examples) == texts.NAMED
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -96,11 +99,11 @@ def test_long_documents_are_read_in_pieces_that_add_up_and_give_their_tail(tmp_p
     path = tmp_path / "largo.txt"
     path.write_text(text, encoding="utf-8")
     size = path.stat().st_size
-    assert size > 4 * corpora.PIECE
-    skipped = corpora.Skipped()
-    pieces = list(corpora.documents([path], skipped))
+    assert size > 4 * texts.PIECE
+    skipped = texts.Skipped()
+    pieces = list(texts.documents([path], skipped))
     assert "".join(piece.text for piece in pieces) == text and not skipped
-    assert max(len(piece.text) for piece in pieces) <= 2 * corpora.PIECE
+    assert max(len(piece.text) for piece in pieces) <= 2 * texts.PIECE
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(piece.text.endswith(line_end) for piece in pieces)
     sides = [piece.held_out for piece in pieces]
@@ -109,11 +112,11 @@ def test_long_documents_are_read_in_pieces_that_add_up_and_give_their_tail(tmp_p
     assert size // 20 <= held <= size // 20 + 30
     row = tmp_path / "fila.jsonl"
     row.write_text(json.dumps({"text": text}), encoding="utf-8")
-    assert list(corpora.documents([row], skipped)) == pieces
+    assert list(texts.documents([row], skipped)) == pieces
 
 
 def test_long_documents_are_tokenised_piece_by_piece_once_separated(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 2**12)
+    monkeypatch.setattr(texts, "PIECE", 2**12)
     monkeypatch.setattr(corpora, "GROUP", (64, 2**13))
     (tmp_path / "largo.txt").write_text("".join(f"línea {i}\n" for i in range(3000)), encoding="utf-8")
     (tmp_path / "corto.txt").write_text("adiós\n")
@@ -126,11 +129,11 @@ def test_long_documents_are_tokenised_piece_by_piece_once_separated(tmp_path, to
 
 
 def test_a_line_without_end_in_jsonl_is_left_out_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(texts, "LONGEST_LINE", 2**20)
     path = tmp_path / "filas.jsonl"
     path.write_text(json.dumps({"text": "a" * 3 * 2**20}) + "\n" + json.dumps({"text": "hola"}) + "\n")
-    skipped = corpora.Skipped()
-    assert [piece.text for piece in corpora.documents([path], skipped)] == ["hola"]
+    skipped = texts.Skipped()
+    assert [piece.text for piece in texts.documents([path], skipped)] == ["hola"]
     assert skipped.examples == [f"{path}:1 (línea de más de 1 MB)"]
 
 
@@ -194,7 +197,7 @@ def test_a_single_file_gives_its_tail_to_measure(tmp_path, tokenizer):
     path = tmp_path / "todo.txt"
     path.write_text("\n".join(f"línea número {i}" for i in range(2000)), encoding="utf-8")
     corpus = corpora.prepare_corpus(tokenizer, path, length=32)
-    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // corpora.HELD_OUT_SHARE
+    assert len(corpus.held_out) == (len(corpus.train) + len(corpus.held_out)) // texts.HELD_OUT_SHARE
     assert "1999" in tokenizer.decode(corpus.held_out) and "1999" not in tokenizer.decode(corpus.train)
 
 
@@ -245,3 +248,98 @@ def test_dataset_without_its_package_names_the_install_line(tokenizer, monkeypat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         corpora.prepare_corpus(tokenizer, dataset="ana/codigo")
+
+
+# --- texts as they are
+
+
+def read(path, content, fallback=None):
+    """(texts, reasons) of one file; bytes as they are, anything else as JSON."""
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    skipped = texts.Skipped()
+    return [piece.text for piece in texts.documents([path], skipped, fallback)], list(skipped.reasons)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_byte_order_marks_are_no_text(tmp_path, encoding):
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    assert read(tmp_path / "a.txt", mark + "año 1\n".encode(encoding)) == (["año 1\n"], [])
+
+
+def test_encodings_that_a_file_or_the_user_names(tmp_path):
+    old = "# -*- coding: latin-1 -*-\nniño = 1\n"
+    assert read(tmp_path / "a.py", old.encode("latin-1")) == ([old], [])
+    unknown, reasons = read(tmp_path / "b.py", b"# coding: klingon\nx = 'a\xf1o'\n")
+    assert unknown == [] and reasons[0].startswith("no es UTF-8")
+    letter = "El señor y el año\n" * 3
+    assert read(tmp_path / "c.txt", letter.encode("latin-1"))[0] == []
+    assert read(tmp_path / "c.txt", letter.encode("latin-1"), "latin-1") == ([letter], [])
+    assert read(tmp_path / "d.txt", letter.encode(), "latin-1") == ([letter], [])  # this one is UTF-8, and says so
+    assert read(tmp_path / "E.TXT", letter.encode()) == ([letter], [])
+
+
+def test_notebooks_give_their_cells_and_json_its_texts(tmp_path):
+    image = {"output_type": "display_data", "data": {"image/png": "iVBOR" * 50000}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Título\n", "y más"]},
+        {"cell_type": "code", "source": "x = 1\nx\n", "outputs": [image]},
+        {"cell_type": "raw", "source": "nada"}, {"cell_type": "code", "source": []},
+    ]  # fmt: skip
+    assert read(tmp_path / "a.ipynb", {"cells": cells}) == (["# Título\ny más\n\nx = 1\nx\n"], [])
+    old = {"worksheets": [{"cells": [{"cell_type": "code", "input": ["y = 2"]}]}]}
+    assert read(tmp_path / "b.ipynb", old) == (["y = 2\n"], [])
+    assert read(tmp_path / "c.ipynb", [1, 2]) == ([], ["no es un cuaderno"])
+    several = ["uno", {"text": "dos"}, {"code": "tres"}, 4]
+    assert read(tmp_path / "d.json", several) == (["uno", "dos", "tres"], ["sin texto"])
+    assert read(tmp_path / "e.json", {"content": "cuatro"}) == (["cuatro"], [])
+    assert read(tmp_path / "f.json", {"otra": 1})[1] == ["sin un campo de texto 'text', 'content' o 'code'"]
+    assert read(tmp_path / "g.json", b"{")[1] == ["no es JSON"]
+
+
+def test_files_of_other_kinds_are_refused_alone_and_counted_in_folders(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("uno;dos\n")
+    with pytest.raises(UserError, match=r"«a.csv»: los archivos .csv no se leen. Se leen .py, .*guárdalo como .txt"):
+        corpora.prepare_corpus(tokenizer, tmp_path / "a.csv")
+    (tmp_path / "B.PY").write_text("x = 1\n" * 200)
+    (tmp_path / "LICENSE").write_text("nada")
+    corpus = corpora.prepare_corpus(tokenizer, tmp_path, length=8)
+    assert corpus.documents == 1 and corpus.skipped.reasons == {"tipo .csv": 1, "sin extensión": 1}
+
+
+def test_a_special_token_in_a_text_is_text(tmp_path, tokenizer):
+    before = tokenizer("<|endoftext|>").input_ids
+    (tmp_path / "a.txt").write_text("fin <|endoftext|> y más\n" * 100)
+    corpus = corpora.prepare_corpus(tokenizer, tmp_path, length=8)
+    ids = [*corpus.train, *corpus.held_out]
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "fin <|endoftext|> y más\n" * 100
+    assert tokenizer("<|endoftext|>").input_ids == before == [tokenizer.eos_token_id]
+
+
+def test_the_cache_forgets_what_was_used_longest_ago(tmp_path, tokenizer, corpus_cache, monkeypatch, capsys):
+    folders = {}
+    for name in "abac":
+        (tmp_path / f"{name}.txt").write_text(f"{name} uno dos\n" * 1000)
+        os.utime(tmp_path / f"{name}.txt", (1, 1))
+        known = {path.name for path in corpus_cache.glob("corpus-*")}
+        corpora.prepare_corpus(tokenizer, tmp_path / f"{name}.txt", length=8)
+        new = {path.name for path in corpus_cache.glob("corpus-*")} - known
+        assert len(new) == (name not in folders)
+        folders.setdefault(name, *new)
+        size = sum(file.stat().st_size for file in (corpus_cache / folders[name]).iterdir())
+        monkeypatch.setattr(corpora, "CACHED", 2.5 * size)
+    assert {path.name for path in corpus_cache.glob("corpus-*")} == {folders["a"], folders["c"]}
+    assert "se han borrado 1 textos ya tokenizados" in capsys.readouterr().out
+
+
+def test_a_dataset_read_before_serves_without_network(tmp_path, tokenizer, monkeypatch, capsys):
+    pytest.importorskip("datasets", reason="pip install datasets")
+    rows = [json.dumps({"text": f"número {i} " * 30}) + "\n" for i in range(60)]
+    (tmp_path / "mio").mkdir()
+    (tmp_path / "mio" / "train.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    first = corpora.prepare_corpus(tokenizer, dataset="mio", length=8)
+    assert first.documents == 60 and not first.skipped
+    (tmp_path / "mio").rename(tmp_path / "lejos")
+    again = corpora.prepare_corpus(tokenizer, dataset="mio", length=8)
+    assert again.digest == first.digest and "Sigo con lo que se leyó la última vez" in capsys.readouterr().out

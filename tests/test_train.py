@@ -18,6 +18,7 @@ import torch
 import engram.corpus as corpora
 import engram.demo as demo
 import engram.sharing as share
+import engram.texts as texts
 import engram.training as training
 import helpers
 import train_phi_engram as train
@@ -407,7 +408,7 @@ def test_key_is_found_in_kaggles_secrets(monkeypatch):
 
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
-    library = [path for path in corpora.text_files(corpora.standard_library()) if path.name < "c"][:10]
+    library = [path for path in texts.text_files(texts.standard_library()) if path.name < "c"][:10]
     for module in (demo, corpora):
         monkeypatch.setattr(module, "text_files", lambda *_: library)
     monkeypatch.setattr(demo, "DEMO_SHAPE", {**demo.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})

@@ -26,7 +26,7 @@ BATCHES = 2000
 
 def write_corpus(folder: Path, size: int):
     """`size` bytes of varied text below `folder`, unless they are there already."""
-    from engram.corpus import standard_library, text_files
+    from engram.texts import standard_library, text_files
 
     done = folder / f"escrito-{size}"
     if done.exists():
@@ -106,8 +106,8 @@ def main():
         folder = args.carpeta or Path(scratch)
         tokenizer_folder = args.modelo
         if tokenizer_folder is None:
-            from engram.corpus import standard_library, text_files
             from engram.demo import DEMO_SHAPE, demo_tokenizer
+            from engram.texts import standard_library, text_files
 
             tokenizer_folder = folder / "tokenizer"
             demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"]).save_pretrained(tokenizer_folder)

@@ -27,6 +27,7 @@ from accelerate.utils import set_seed
 import engram.corpus as corpora
 import engram.demo as demo
 import engram.steps as stepping
+import engram.texts as texts
 import engram.training as training
 import train_phi_engram as train
 
@@ -53,7 +54,7 @@ def make_model(folder):
     from engram.graft import load_phi_1_with_engram
 
     set_seed(0)
-    files = [path for path in corpora.text_files(corpora.standard_library()) if path.stat().st_size < 8000][:150]
+    files = [path for path in texts.text_files(texts.standard_library()) if path.stat().st_size < 8000][:150]
     (folder / "texto").mkdir()
     for number, path in enumerate(files):
         shutil.copyfile(path, folder / "texto" / f"m{number:03d}.py")

@@ -21,11 +21,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 
 from engram.console import SpanishParser, run_script, spanish
-from engram.corpus import prepare_corpus, standard_library, text_files
+from engram.corpus import prepare_corpus
 from engram.demo import DEMO_RECIPE, DEMO_SHAPE, demo_tokenizer
 from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
 from engram.steps import evaluate, run_steps
+from engram.texts import standard_library, text_files
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -38,11 +38,12 @@ import engram.optimizers as optimizers
 import engram.processes as processes
 import engram.training as training
 from engram.console import SpanishParser, UserError, run_script, spanish
-from engram.corpus import HELD_OUT_SHARE, Corpus, Skipped, batch_at, standard_library, text_files
+from engram.corpus import Corpus, batch_at
 from engram.folders import whole_folder
 from engram.graft import load_phi_1_with_engram
 from engram.rows import TrainedTables
 from engram.steps import evaluate, run_steps
+from engram.texts import HELD_OUT_SHARE, Skipped, standard_library, text_files
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
