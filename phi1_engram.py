@@ -532,6 +532,11 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
             os.remove(temporary)
 
 
+def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
+    return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
+
+
 def _new_reader():
     """One thread for all tables: rows come in the order in which layers need them."""
     global _reader
@@ -609,7 +614,7 @@ class EngramTable(nn.Module):
             self.hold(self.file.dtype)
         self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
         if self.stays and self.weight is not None:
-            self.weight.data = self.weight.data.cpu().pin_memory()
+            self.weight.data = self.weight.data.cpu()  # not pinned: rows are gathered into other memory, and that is
 
     def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
         """All rows as stored in precision `dtype`, some at a time, on the CPU."""
@@ -620,6 +625,8 @@ class EngramTable(nn.Module):
     def announce(self, row_ids: torch.LongTensor):
         """Begin to bring the rows that the next `forward` will be asked for."""
         if self.read or not (self.stays and self.prefetches) or torch.compiler.is_compiling():
+            return
+        if self.writable and torch.is_grad_enabled():  # rows with a gradient are looked up in their weight
             return
         ready = None
         if row_ids.is_cuda:
@@ -811,7 +818,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate the first values of x [B, heads, T, head_dim] by the angles of cos, sin [B, 1, T, rotary]."""
     size = cos.shape[-1]
     turning, rest = x[..., :size], x[..., size:]
-    turned = (turning * cos).add_(turning.roll(size // 2, -1).mul_(sin))
+    spun = turning.roll(size // 2, -1)
+    # In place it would be rounded to the half precision that autocast gave x.
+    spun = spun.mul_(sin) if spun.dtype == sin.dtype else spun * sin
+    turned = (turning * cos).add_(spun)
     return torch.cat((turned, rest), dim=-1)
 
 
@@ -1074,6 +1084,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             )
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
+        given_positions = position_ids
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
         if isinstance(attention_mask, dict):
@@ -1081,8 +1092,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         else:
             real = real_tokens(attention_mask, hidden.shape[1], past_length)
             causal_mask = create_causal_mask(
-                config=config, inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids,
-                **{CACHE: cache},
+                config=config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: cache},
+                # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
+                position_ids=given_positions,
             )  # fmt: skip
 
         indices = self._head_indices(input_ids, real, cache) + self.engram_hash.offsets[:, None, None]
@@ -1250,8 +1262,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     @property
     def memory_place(self) -> str:
-        """"gpu", "ram" or "disco"."""
-        return next(iter(self.model.engram_tables.values())).place
+        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
+        table = next(iter(self.model.engram_tables.values()))
+        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
 
     def move_memory(self, place: str):
         """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
@@ -1438,7 +1451,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
                     parameter.zero_() if parameter.ndim != 2 else parameter.normal_(0, self.config.initializer_range)
                 if isinstance(module, EngramRMSNorm):
                     module.weight.fill_(1)
-            self._replace_rows(table, torch.zeros(table.n_rows, table.d_head, dtype=self.dtype), self.memory_place)
+            self._replace_rows(table, untouched_zeros(table.n_rows, table.d_head, self.dtype), self.memory_place)
 
     def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
         """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""

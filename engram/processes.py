@@ -213,4 +213,4 @@ def gather(model, keep: bool):
         for name, parameter in module.named_parameters(recurse=False):
             if in_parts(parameter):
                 value = parameter.full_tensor()  # all ask, one keeps
-                setattr(module, name, nn.Parameter(value.cpu() if keep else value[:0], requires_grad=False))
+                setattr(module, name, nn.Parameter(value.cpu() if keep else value.new_empty(0), requires_grad=False))

@@ -9,7 +9,6 @@ Used by `train_phi_engram.py`; there is nothing to run here.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from phi1_engram import CHUNK
+from phi1_engram import CHUNK, untouched_zeros
 
 ROW_STATES = ("adam", "fila")
 
@@ -36,12 +35,11 @@ def coalesce(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     return distinct, total
 
 
-def untouched_zeros(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Zeros [len(rows), width] beside `rows`; in host memory a page of them takes none until it is written."""
+def zeros_beside(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Zeros [len(rows), width] where `rows` are."""
     if rows.device.type != "cpu":
         return rows.new_zeros(len(rows), width)
-    dtype = str(rows.dtype).removeprefix("torch.")
-    return torch.from_numpy(np.zeros((len(rows), width), dtype))  # torch.zeros would write, and so take, every page
+    return untouched_zeros(len(rows), width, rows.dtype)
 
 
 class TrainedTable:
@@ -64,12 +62,12 @@ class TrainedTable:
             weight = weight[self.rank * self.share : (self.rank + 1) * self.share].clone()
         self.weight = weight if table.stays else weight.to(self.device)
         width = table.d_head if row_state == "adam" else 1
-        self.second = untouched_zeros(self.weight, width)
-        self.first = untouched_zeros(self.weight, width) if row_state == "adam" else None
+        self.second = zeros_beside(self.weight, width)
+        self.first = zeros_beside(self.weight, width) if row_state == "adam" else None
         self.steps = 0
         self.reads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.coming = None  # the distinct rows of the batch after this one, on their way
-        self.writing = None
+        self.writing = self.stream = None
         table.weight, table.read = None, self.read
 
     # ----- forward
@@ -113,10 +111,10 @@ class TrainedTable:
         rows = self.weight[host]
         if device.type != "cuda":
             return rows.to(device)
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream(device)  # one: a card keeps memory apart for each
+        with torch.cuda.stream(self.stream):
             rows = rows.pin_memory().to(device, non_blocking=True)
-        stream.synchronize()  # of this thread alone; the card goes on computing
+        self.stream.synchronize()  # of this thread alone; the card goes on computing
         return rows
 
     def wait(self):
@@ -276,7 +274,10 @@ class TrainedTables:
     """
 
     def __init__(self, model, row_state="adam", world=1, shard=False, device=None, betas=(0.9, 0.999), eps=1e-8):
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="filas")
+        # A thread begins on the first card, where a second process has nothing to do.
+        card = [torch.device(device).index or 0] if device is not None and torch.device(device).type == "cuda" else []
+        begin = torch.cuda.set_device if card else None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="filas", initializer=begin, initargs=card)
         shards = (dist.get_rank(), world) if shard and world > 1 else None
         self.model, self.world, self.betas, self.eps, self.sent = model, world, betas, eps, 0
         self.sharded = shards is not None

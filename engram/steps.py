@@ -89,7 +89,10 @@ def run_steps(
 
     def batch(number):  # of this process
         index = number * world + accelerator.process_index
-        return batch_at(corpus.train, index, recipe).to(accelerator.device)
+        ids = batch_at(corpus.train, index, recipe)
+        if accelerator.device.type == "cuda":  # without waiting for the card
+            return ids.pin_memory().to(accelerator.device, non_blocking=True)
+        return ids.to(accelerator.device)
 
     ids = batch((offset + first) * recipe.accumulate)
     hidden = not accelerator.is_main_process

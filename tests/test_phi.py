@@ -61,6 +61,23 @@ def test_logits_equal_phi(make_config, shape, attn):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_phi_under_autocast(make_config, shape, dtype, attn):
+    """Bit for bit: rounded to half precision in the same places."""
+    phi = helpers.make_phi(attn=attn, **SHAPES[shape])
+    model = PhiEngramForCausalLM(make_config(**SHAPES[shape])).eval()
+    model.set_attn_implementation(attn)
+    model.load_state_dict(phi.state_dict(), strict=False)
+    ids, mask, real = padded_batch(model, "left")
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = phi(ids, attention_mask=mask).logits[real]
+        assert torch.equal(model(ids, attention_mask=mask).logits[real], expected)
+    with torch.no_grad():
+        assert not torch.equal(phi(ids, attention_mask=mask).logits[real], expected)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_untrained_graft_changes_no_bit(tmp_path, shape, attn):
     """Opened from the folder of a plain Phi, the graft's logits are Phi's own."""
