@@ -578,6 +578,11 @@ class EngramTable(nn.Module):
     def writable(self) -> bool:
         return self.read is not None or (self.weight is not None and self.weight.is_floating_point())
 
+    @property
+    def brings(self) -> bool:
+        """Whether the next forward pass fetches rows instead of differentiating the table."""
+        return self.stays and not (self.writable and torch.is_grad_enabled())
+
     def _apply(self, fn, recurse=True):
         return self if self.stays else super()._apply(fn, recurse)
 
@@ -624,9 +629,7 @@ class EngramTable(nn.Module):
 
     def announce(self, row_ids: torch.LongTensor):
         """Begin to bring the rows that the next `forward` will be asked for."""
-        if self.read or not (self.stays and self.prefetches) or torch.compiler.is_compiling():
-            return
-        if self.writable and torch.is_grad_enabled():  # rows with a gradient are looked up in their weight
+        if self.read or not (self.brings and self.prefetches) or torch.compiler.is_compiling():
             return
         ready = None
         if row_ids.is_cuda:
@@ -639,7 +642,8 @@ class EngramTable(nn.Module):
         """Rows [..., d_head] on the indices' device, each distinct one read once; on a GPU, and when they are there."""
         if ready is None:
             return self._read(row_ids), None
-        with torch.cuda.stream(self._stream):
+        # A new thread stands on the first card, and would open a context there.
+        with torch.cuda.device(row_ids.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             wanted, inverse = row_ids.unique(return_inverse=True)
             rows = self._stored(wanted.cpu()).pin_memory().to(row_ids.device, non_blocking=True)
@@ -671,7 +675,7 @@ class EngramTable(nn.Module):
         """int64 [B, T, H] in 0..n_rows-1 -> rows [B, T, H, d_head] of any floating type."""
         if self.read:
             return self.read(row_ids)
-        if self.stays and not (self.writable and torch.is_grad_enabled()):
+        if self.brings:
             return self._brought(row_ids)
         rows = F.embedding(row_ids.to(self.weight.device), self.weight, sparse=self.sparse_grad and self.writable)
         return unpack(rows).to(row_ids.device)
@@ -829,6 +833,8 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     """Plain softmax attention, the fallback of transformers' attention interface.
 
     query [B, heads, T, head_dim]; key, value [B, key heads, S, head_dim] -> output [B, T, heads, head_dim], weights.
+    The order of product and scale is transformers', bit for bit, and with it float16's overflow where a product passes
+    65,504: "sdpa", the default, has none.
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

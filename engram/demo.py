@@ -4,6 +4,7 @@ It goes through the same functions as the real model, on code that every machine
 no GPU. There is nothing to run here.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from engram.console import spanish
+from engram.console import UserError, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
@@ -81,6 +82,8 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
     Both go on from the same base, on the same tokens in the same order; the control at the best of three rates.
     Returns the rows of the table printed.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--demo va en un solo proceso, sin accelerate launch: python train_phi_engram.py --demo")
     output = Path(output)
     control_output = output.with_name(output.name + "-control")
     further = sum(recipe.steps)

@@ -234,6 +234,22 @@ def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monk
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_is_fetched_ahead_where_the_table_itself_is_differentiated(make_model, monkeypatch):
+    model = make_model()
+    for table in model.model.engram_tables.values():
+        table.stays = True
+    brought, bring = [], phi1_engram.EngramTable._bring
+    monkeypatch.setattr(
+        phi1_engram.EngramTable, "_bring", lambda self, *rest: brought.append(self) or bring(self, *rest)
+    )
+    ids = helpers.random_ids(model, 2, 12)
+    model(ids, labels=ids).loss.backward()
+    assert not brought and all(table.weight.grad.any() for table in model.model.engram_tables.values())
+    with torch.no_grad():
+        model(ids)
+    assert len(brought) == 2
+
+
 def test_table_files_are_plain_safetensors_that_begin_on_a_page(saved):
     model, folders = saved
     for precision, dtype in PRECISIONS.items():

@@ -406,6 +406,12 @@ def test_key_is_found_in_kaggles_secrets(monkeypatch):
     assert share.hub_token() == "valor de HF_TOKEN"
 
 
+def test_demo_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--demo va en un solo proceso"):
+        demo.demo("nunca")
+
+
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
     library = [path for path in texts.text_files(texts.standard_library()) if path.name < "c"][:10]
