@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 from corpus_phi_engram import batch_at, standard_library, text_files  # noqa: E402
@@ -76,7 +76,11 @@ def open_package():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     file = package_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32), tokenizer
+    packed_model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del packed_model.config.quantization_config  # which would keep it from being saved
+    model = LlamaForCausalLM(packed_model.config)
+    model.load_state_dict(packed_model.state_dict())
+    return model, tokenizer
 
 
 def bf16():
@@ -339,7 +343,6 @@ def continue_base(folder: Path):
             save()
             saved = time.perf_counter()
     with whole_folder(folder) as temporary:
-        model.config.quantization_config = None
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         row = dict(state, rate=BASE_RATE, files=[len(train), len(other)], left_out=left_out)

@@ -60,26 +60,29 @@ OLD_TEXTS = ("biblioteca", "prosa", "propio")
 def study_rows(done: dict) -> dict[str, dict]:
     """{name: settings} of all rows whose settings are known by now: later ones take the best of earlier ones."""
     rows = {"nada": dict(parte=1, steps=0)}
-    for dense in (1e-3, 3e-3, 1e-2, 3e-4, 3e-2):
+    for dense in (3e-3, 1e-2, 1e-3, 3e-2, 3e-4):
         for ratio in (10, 3, 30, 1):
             rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
-    best = best_of(done, "tasas-")
-    if best and all(name in done for name in rows):
+    for rank in (8, 64):
+        for rate in (1e-3, 3e-3, 3e-4):
+            rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
+    for rate in (5e-5, 1.5e-4, 2e-5):
+        rows[f"todo-{rate:g}"] = dict(parte=2, everything=rate)
+    for rate in (3e-4, 1e-3, 3e-3):
+        rows[f"mlp-{rate:g}"] = dict(parte=3, mlp=rate)
+
+    def best(prefix):  # once all that begin so are done
+        tried = [name for name in rows if name.startswith(prefix)]
+        return best_of(done, prefix) if all(name in done for name in tried) else None
+
+    memory, lora, everything = best("tasas-"), best("lora8-"), best("todo-")
+    if memory:
+        memory = memory["memory"]
         for ratio in (0.3, 1, 3):
-            memory = dict(best["memory"], rows=best["memory"]["rows"] * ratio, row_state="fila")
-            rows[f"fila-x{ratio:g}"] = dict(parte=1, memory=memory)
-    if best:
-        memory = best["memory"]
-        rows["ruido"] = dict(parte=3, memory=memory, control="ruido")
-        rows["una-fila"] = dict(parte=3, memory=memory, control="una-fila")
-        for rate in (3e-4, 1e-3, 3e-3):
-            rows[f"mlp-{rate:g}"] = dict(parte=3, mlp=rate)
-        for rank in (8, 64):
-            for rate in (1e-3, 3e-4, 3e-3):
-                rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
-        for rate in (5e-5, 2e-5, 1.5e-4):
-            rows[f"todo-{rate:g}"] = dict(parte=2, everything=rate)
-        lora, everything = best_of(done, "lora8-"), best_of(done, "todo-")
+            of_row = dict(memory, rows=memory["rows"] * ratio, row_state="fila")
+            rows[f"fila-x{ratio:g}"] = dict(parte=1, memory=of_row)
+        for control in ("ruido", "una-fila"):
+            rows[control] = dict(parte=3, memory=memory, control=control)
         if lora:
             rows["lora8-memoria"] = dict(parte=2, lora=lora["lora"], memory=memory)
         if everything:
