@@ -20,6 +20,7 @@ import json
 import keyword
 import os
 import re
+import shutil
 import sys
 import time
 import tokenize
@@ -356,6 +357,7 @@ def continue_base(folder: Path):
         tokenizer.save_pretrained(temporary)
         row = dict(state, rate=BASE_RATE, files=[len(train), len(other)], left_out=left_out)
         (temporary / "fila.json").write_text(json.dumps(row))
+    shutil.rmtree(unfinished)
     print(f"✅ {folder}")
 
 
