@@ -11,6 +11,8 @@ import pytest
 
 import helpers
 from engram.opening import add_memory_options
+from engram.plan import from_args, plan
+from train_phi_engram import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("README.md", "DOCUMENTACION_TECNICA.md")
@@ -106,3 +108,8 @@ def test_every_room_is_on_the_map():
     table = re.search(r"^\| piso \|.*?\n\n", text, re.S | re.M)[0]
     rooms = {path.stem for path in (ROOT / "engram").glob("[!_]*.py")}
     assert set(re.findall(r"`(\w+)`", table)) == rooms
+
+
+def test_the_command_for_kaggle_is_what_the_plan_proposes():
+    command = re.search(r"^ *!(accelerate launch .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]
+    assert command in plan(*from_args(parse(["--plan", "kaggle"])))
