@@ -54,7 +54,7 @@ REPEATED = (
 )  # fmt: skip
 
 
-def parse(argv):
+def make_parser() -> SpanishParser:
     parser = SpanishParser(
         description="Entrena la memoria Engram (fase 1) y después todo el modelo (fase 2).",
         epilog="Ejemplo: python train_phi_engram.py --datos mi-codigo/ --salida phi1-engram-trained",
@@ -108,6 +108,16 @@ def parse(argv):
     parser.add_argument("--subir", metavar="USUARIO/NOMBRE", help="subir el resultado al Hub, privado")
     parser.add_argument("--publico", action="store_true", help="con --subir: repositorio público")
     add_memory_options(parser)
+    return parser
+
+
+def parse(argv):
+    """The command line's options, and in `given` those words of it that a plan repeats.
+
+    Raises:
+        UserError: values that cannot be, options that do not go together, a package or a folder that is not there.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
     given = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
     if args.demo and given != {"demo"}:
