@@ -645,16 +645,19 @@ class EngramTable(nn.Module):
         # A new thread stands on the first card, and would open a context there.
         with torch.cuda.device(row_ids.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            wanted, inverse = row_ids.unique(return_inverse=True)
-            rows = self._stored(wanted.cpu()).pin_memory().to(row_ids.device, non_blocking=True)
-            return unpack(rows[inverse]), self._stream.record_event()
+            return self._read(row_ids), self._stream.record_event()
 
     def _read(self, row_ids):
-        wanted = row_ids.cpu()
+        wanted, device, inverse = row_ids.cpu(), row_ids.device, None  # the one wait for a card
         if wanted.shape[:-1].numel() == 1:  # the heads of one token never share a row
-            return unpack(self._stored(wanted.flatten()).view(*wanted.shape, -1)).to(row_ids.device)
-        wanted, inverse = wanted.unique(return_inverse=True)
-        return unpack(self._stored(wanted)[inverse]).to(row_ids.device)
+            rows = self._stored(wanted.flatten()).view(*wanted.shape, -1)
+        else:
+            wanted, inverse = wanted.unique(return_inverse=True)
+            rows = self._stored(wanted)
+        if device.type != "cuda":
+            return unpack(rows if inverse is None else rows[inverse]).to(device)
+        rows, inverse = (x if x is None else x.pin_memory().to(device, non_blocking=True) for x in (rows, inverse))
+        return unpack(rows if inverse is None else rows[inverse])
 
     def _stored(self, row_ids):
         return self.file.read(row_ids.numpy()) if self.weight is None else self.weight.detach()[row_ids]

@@ -31,8 +31,13 @@ def coalesce(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     distinct = torch.cat([row_ids for row_ids, _ in parts]).unique()
     total = parts[0][1].new_zeros(len(distinct), parts[0][1].shape[1])
     for row_ids, values in parts:
-        total.index_add_(0, torch.searchsorted(distinct, row_ids), values)
+        total.index_add_(0, to_card(torch.searchsorted(distinct, row_ids), values.device), values)
     return distinct, total
+
+
+def to_card(tensor: torch.Tensor, device) -> torch.Tensor:
+    """From host memory, without waiting for a card."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.is_cpu else tensor
 
 
 def zeros_beside(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -74,46 +79,54 @@ class TrainedTable:
 
     def read(self, row_ids: torch.LongTensor) -> torch.Tensor:
         """int64 [B, T, H] -> rows [B, T, H, d_head], with a gradient of their own while training."""
-        wanted, inverse = row_ids.unique(return_inverse=True)
-        rows = self.fetched(wanted)
+        # Rows in host memory are looked for there, so that one copy of the ids is all that waits for a card.
+        ids = row_ids.cpu() if self.on_host else row_ids
+        wanted, inverse = ids.unique(return_inverse=True)
+        rows = self.fetched(wanted, row_ids.device)
         if torch.is_grad_enabled() and self.table.training:
             rows = rows.detach().requires_grad_()
             self.reads.append((wanted, rows))
-        return F.embedding(inverse, rows)
+        return F.embedding(to_card(inverse, row_ids.device), rows)
 
-    def fetched(self, wanted: torch.LongTensor) -> torch.Tensor:
-        """Distinct ascending ids [n] -> rows [n, d_head] on their device."""
+    @property
+    def on_host(self) -> bool:
+        """Whether rows stay in host memory, and are not asked of other processes."""
+        return self.table.stays and self.world == 1
+
+    def fetched(self, wanted: torch.LongTensor, device) -> torch.Tensor:
+        """Distinct ascending ids [n] -> rows [n, d_head] on `device`."""
         if self.world > 1:
             return self.from_owners(wanted)
         if not self.table.stays:
             return self.weight[wanted]
         coming, self.coming = self.coming, None
+        rows = coming["rows"].result() if coming else None
+        self.wait()
         if coming is None or not torch.equal(coming["wanted"], wanted):
-            self.wait()
-            return self.weight[wanted.cpu()].to(wanted.device)
-        rows = coming["rows"].result()
+            return to_card(self.weight[wanted], device)
         if rows.is_cuda:  # made on another stream, which must not reuse its memory while this one reads it
             rows.record_stream(torch.cuda.current_stream(rows.device))
-        self.wait()
         if "fresh" in coming:  # the step in between changed some of them
             places, values = coming["fresh"]
-            rows = rows.index_copy(0, places.to(rows.device), values.to(rows.device))
+            rows = rows.index_copy(0, to_card(places, device), to_card(values, device))
         return rows
 
     def expect(self, row_ids: torch.LongTensor):
         """Begin to bring the rows of the next batch, while this one computes and before its step is written."""
-        if self.table.stays and self.world == 1:
-            wanted = row_ids.unique()
-            self.coming = dict(wanted=wanted, host=wanted.cpu())
-            self.coming["rows"] = self.writer.submit(self._bring, self.coming["host"], wanted.device)
+        if self.on_host:
+            ready = torch.cuda.current_stream(row_ids.device).record_event() if row_ids.is_cuda else None
+            self.coming = {}
+            self.coming["rows"] = self.writer.submit(self._bring, self.coming, row_ids, ready)
 
-    def _bring(self, host, device):
-        rows = self.weight[host]
-        if device.type != "cuda":
-            return rows.to(device)
-        self.stream = self.stream or torch.cuda.Stream(device)  # one: a card keeps memory apart for each
+    def _bring(self, coming, row_ids, ready=None):
+        if ready is None:
+            coming["wanted"] = row_ids.unique()
+            return self.weight[coming["wanted"]]
+        self.stream = self.stream or torch.cuda.Stream(row_ids.device)  # one: a card keeps memory apart for each
         with torch.cuda.stream(self.stream):
-            rows = rows.pin_memory().to(device, non_blocking=True)
+            self.stream.wait_event(ready)
+            coming["wanted"] = row_ids.cpu().unique()
+            rows = to_card(self.weight[coming["wanted"]], row_ids.device)
         self.stream.synchronize()  # of this thread alone; the card goes on computing
         return rows
 
@@ -132,6 +145,7 @@ class TrainedTable:
         row_ids, values = coalesce(parts)
         if world == 1:
             return row_ids, values, 0
+        row_ids = to_card(row_ids, values.device)
         sent = row_ids.numel() * row_ids.element_size() + values.numel() * values.element_size()
         if self.world > 1:
             received, (sizes, asked) = self.to_owners(row_ids)
@@ -156,9 +170,9 @@ class TrainedTable:
                 ready.synchronize()
             host = self.local(row_ids)
             self._update(host, grad.cpu(), rate, betas, eps, number)
-            if coming is not None and len(coming["host"]):
-                both = torch.isin(coming["host"], host, assume_unique=True).nonzero()[:, 0]
-                coming["fresh"] = both, self.weight[coming["host"][both]]
+            if coming is not None:
+                both = torch.isin(coming["wanted"], host, assume_unique=True).nonzero()[:, 0]
+                coming["fresh"] = both, self.weight[coming["wanted"][both]]
 
         self.writing = self.writer.submit(write)
 

@@ -1,5 +1,7 @@
 """Fixtures for all tests: nothing here, nor in a subprocess started by a test, ever asks the network for anything.
 
+They see no card, so that they are the same on every machine: a card's rules are those of pretended.py, and a real card
+is asked by `python tests/bench/card.py`.
 The environment is set while this file is imported, because huggingface_hub and transformers read it once, at import.
 """
 
@@ -20,6 +22,7 @@ os.environ["XDG_CACHE_HOME"] = str(Path(_home.name) / "cache")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 sys.path.insert(0, str(ROOT))
 

@@ -33,11 +33,12 @@ def main(folder, *wishes):
     parts = "parts" in wishes
     accelerator = processes.make_accelerator(parts)
     if "scaled" in wishes:
-        accelerator.scaler = torch.amp.GradScaler("cpu")
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     world, losses = accelerator.num_processes, []
     recipe = dict(batch=1, accumulate=BLOCKS // world, processes=world, shard_model=parts)
     recipe = test_rows.replace(test_rows.RECIPE, **recipe)
-    with TrainedTables(model, "adam", world, "shard" in wishes) as tables:
+    with TrainedTables(model, "adam", world, "shard" in wishes, accelerator.device) as tables:
+        model.to(accelerator.device)
         optimizer = optimizers.make_optimizer(model, *test_rows.RATES, tables=tables)
         ready = processes.prepare(accelerator, model, optimizer)
         if "scaled" in wishes:  # float16's loss scaling without its precision
@@ -80,11 +81,11 @@ def main(folder, *wishes):
         sent = tables.sent
     kept = {name: table.weight for name, table in model.model.engram_tables.items() if table.weight is not None}
     state = dict(losses=torch.tensor(losses, dtype=torch.double), sent=torch.tensor(sent))
-    state |= {f"table.{name}": weight.detach().contiguous() for name, weight in kept.items()}
+    state |= {f"table.{name}": weight.detach().cpu().contiguous() for name, weight in kept.items()}
     if "overflow" in wishes:
         state["scale"] = torch.tensor(accelerator.scaler.get_scale())
     if accelerator.is_main_process or "overflow" in wishes:
-        state |= {f"dense.{name}": weight.clone() for name, weight in weights.items()}
+        state |= {f"dense.{name}": weight.cpu().clone() for name, weight in weights.items()}
     save_file(state, Path(folder) / f"{accelerator.process_index}.safetensors")
 
 

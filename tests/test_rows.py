@@ -104,19 +104,18 @@ def test_host_memory_gives_the_bits_of_the_device(row_state, monkeypatch):
     """What is written late and what is fetched early leave no trace, though batches share rows."""
     brought, bring = [], TrainedTable._bring
 
-    def watched(self, host, device):
-        brought.append(bring(self, host, device))
+    def watched(self, *arguments):
+        brought.append(bring(self, *arguments))
         return brought[-1]
 
     here, _ = trained(6, row_state)
     monkeypatch.setattr(TrainedTable, "_bring", watched)
     used, fetched = [], TrainedTable.fetched
 
-    def watching(self, wanted):
-        early = self.coming is not None and torch.equal(self.coming["wanted"], wanted)
-        rows = fetched(self, wanted)
-        used.append(early)
-        return rows
+    def watching(self, wanted, device):
+        early = self.coming is not None and self.coming["rows"].result() is not None
+        used.append(early and torch.equal(self.coming["wanted"], wanted))
+        return fetched(self, wanted, device)
 
     monkeypatch.setattr(TrainedTable, "fetched", watching)
     there, _ = trained(6, row_state, stays=True)
