@@ -1036,6 +1036,55 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
         return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None)))
 
+    def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache that this forward pass reads and writes: the given one, a new one, or None."""
+        config = self.config
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The replay in backward would write a cache a second time.
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "Con gradient_checkpointing no se puede entrenar sobre una caché que ya tiene tokens. Pasa el "
+                    "texto entero sin caché, o apágalo antes: model.gradient_checkpointing_disable()."
+                )
+            if cache is not None or use_cache:
+                logger.warning_once("Con gradient_checkpointing se entrena sin caché: use_cache=True no se atiende.")
+            return None
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            return DynamicCache(config=config)
+        if cache is not None and (
+            len(cache.layers) < config.num_hidden_layers
+            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+        ):
+            raise ValueError(
+                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
+                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
+            )
+        return cache
+
+    def _check_writable(self):
+        """Raise ValueError where a forward pass of training would train rows that can only be read."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for layer_id in self.config.engram_layer_ids:
+            trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
+            if trained and not self.engram_tables[str(layer_id)].writable:
+                raise ValueError(
+                    "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
+                    'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
+                    "--precision-memoria float32 --salida OTRA"
+                )
+
+    def _expect(self, indices: dict[int, torch.LongTensor], hidden: torch.Tensor, cache: Cache | None):
+        """Begin to bring the rows; where the memory is off, leave in the cache that it added nothing."""
+        if self.use_memory:
+            for layer_id in sorted(indices):
+                self.engram_tables[str(layer_id)].announce(indices[layer_id])
+            return
+        # A cache layer with an unused state can neither be cut back nor reordered.
+        silence = hidden.new_zeros(*hidden.shape[:2], self.config.hidden_size).transpose(1, 2)
+        for layer_id in indices:
+            with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1070,24 +1119,12 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             )
         config = self.config
         cache = past_key_values if cache is None else cache
-        use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
             output_attentions = config.output_attentions
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None  # the replay in backward would write the cache a second time
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        if cache is not None and (
-            len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
-        ):
-            raise ValueError(
-                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
-                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
-            )
+        cache = self._usable_cache(cache, use_cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
         given_positions = position_ids
@@ -1105,23 +1142,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
 
         indices = self._head_indices(input_ids, real, cache) + self.engram_hash.offsets[:, None, None]
         indices = dict(zip(config.engram_layer_ids, indices))
-        if self.training and torch.is_grad_enabled():
-            for layer_id in indices:
-                trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
-                if trained and not self.engram_tables[str(layer_id)].writable:
-                    raise ValueError(
-                        "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
-                        'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
-                        "--precision-memoria float32 --salida OTRA"
-                    )
-        if self.use_memory:
-            for layer_id in sorted(indices):
-                self.engram_tables[str(layer_id)].announce(indices[layer_id])
-        else:  # a cache layer with an unused state can neither be cut back nor reordered
-            silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
-            for layer_id in indices:
-                history = self.layers[layer_id].engram.conv.history
-                with_history(silence, history, cache, layer_id, state_idx=0)
+        self._check_writable()
+        self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)

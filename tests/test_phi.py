@@ -308,3 +308,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, monkeypatch
     for name in expected:
         assert expected[name].any(), name
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_over_a_filled_cache_is_refused(make_model):
+    model = make_model()
+    ids = helpers.random_ids(model, 1, 9)
+    cache = model(ids[:, :5]).get(CACHE)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="no se puede entrenar sobre una caché que ya tiene tokens"):
+        model(ids[:, 5:], **{CACHE: cache})
+    with torch.no_grad():  # nothing is recomputed here
+        assert model(ids[:, 5:], **{CACHE: cache}).get(CACHE).get_seq_length() == 9
