@@ -346,16 +346,20 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
-    def forward(self, history: torch.LongTensor) -> torch.LongTensor:
+    def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
         Args:
             history: int64 [B, N-1+T]; token id + 1, and 0 for "before the start".
+            reach: see `text_reach`; tokens farther back count as "before the start".
         Returns:
             int64 [L, B, T, H]: each head's index within its own table, order 2 first, heads in order.
         """
         ids = torch.where(history == 0, self.config.engram_pad_id, history - 1)
         windows = self.token_map[ids].unfold(1, self.max_ngram_size, 1)  # [B, T, N], oldest first
+        if reach is not None:
+            back = torch.arange(self.max_ngram_size - 1, -1, -1, device=reach.device)
+            windows = windows.where(back <= reach[..., None], self.token_map[self.config.engram_pad_id])
         products = windows * self.multipliers.flip(-1)[:, None, None, :]  # [L, B, T, N]
         mix, mixes = products[..., -1], []
         for back in range(2, self.max_ngram_size + 1):
@@ -744,14 +748,17 @@ class EngramShortConv(nn.Module):
         self.dilation = dilation
         self.history = (kernel_size - 1) * dilation  # inputs that one output looks back on
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, d, history + T] -> [B, T, d]."""
-        length = x.shape[-1] - self.history
+    def forward(self, x: torch.Tensor, reach: torch.LongTensor | None = None) -> torch.Tensor:
+        """[B, d, history + T] -> [B, T, d]; inputs farther back than `reach` (see `text_reach`) count as zero."""
+        length, output = x.shape[-1] - self.history, None
         # A sum of shifted products gives the same bits whatever T is, so that cached steps equal the whole.
-        output = x[..., :length].transpose(1, 2) * self.weight[:, 0, 0]
-        for k in range(1, self.weight.shape[-1]):
+        for k in range(self.weight.shape[-1]):
             first = k * self.dilation
-            output.add_(x[..., first : first + length].transpose(1, 2) * self.weight[:, 0, k])
+            inputs, back = x[..., first : first + length].transpose(1, 2), self.history - first
+            if reach is not None and back:
+                inputs = inputs.masked_fill((reach < back)[..., None], 0)
+            product = inputs * self.weight[:, 0, k]
+            output = product if output is None else output.add_(product)
         return output
 
 
@@ -769,14 +776,16 @@ class EngramLayer(nn.Module):
         self.conv = EngramShortConv(config.hidden_size, config.engram_kernel_size, config.max_ngram_size)
 
     def forward(
-        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None,
+        reach: torch.LongTensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """
         Args:
             hidden: [B, T, d].
             rows: [B, T, H, d_head].
             real: bool [B, T], False where the token is padding; None when none is.
             cache: keeps the last conv inputs.
+            reach: see `text_reach`.
         Returns:
             Y [B, T, d], hidden's dtype; exactly zero where all rows in reach are zero and there is no bias.
         """
@@ -787,7 +796,7 @@ class EngramLayer(nn.Module):
             gated = gated.masked_fill(~real[..., None], 0)
         conv_input = self.conv_norm(gated).to(hidden.dtype).transpose(1, 2)  # [B, d, T]
         conv_input = with_history(conv_input, self.conv.history, cache, self.layer_idx, state_idx=0)
-        return F.silu(self.conv(conv_input), inplace=not torch.is_grad_enabled()).add_(gated)
+        return F.silu(self.conv(conv_input, reach), inplace=not torch.is_grad_enabled()).add_(gated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -919,14 +928,14 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden, rows=None, real=None, *, attention=None, attention_mask=None, position_embeddings=None,
-        cache=None, **kwargs,
+        cache=None, reach=None, **kwargs,
     ):  # fmt: skip
         """[B, T, d] -> [B, T, d], attention weights or None.
 
         `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
         """
         if self.engram is not None and rows is not None:
-            hidden = hidden + self.engram(hidden, rows, real, cache)
+            hidden = hidden + self.engram(hidden, rows, real, cache, reach)
         normed = self.input_layernorm(hidden)
         attended, weights = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
         computed = self.mlp(normed)
@@ -956,6 +965,38 @@ def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | No
     own = (torch.arange(n_tokens, device=device) + past_length).expand(attention_mask.shape[0], -1)[..., None]
     diagonal = attention_mask[:, 0].gather(-1, own)[..., 0]  # [B, T]
     return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+
+
+def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
+    """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
+    places = torch.arange(n_tokens, device=cu_seq_lens.device)
+    return (places - cu_seq_lens[torch.searchsorted(cu_seq_lens, places, right=True) - 1])[None]
+
+
+def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTensor | None:
+    """How many tokens back each token's own text begins, by the caller's positions: int64 [B or 1, T].
+
+    A text begins where positions begin again. What the cache holds belongs to the first token's text as far back as
+    its position says. None where all that is within `longest` is of one text; on a card that would be a wait for it,
+    so there nobody looks.
+
+    Args:
+        position_ids: int64 [B or 1, T]. real: bool [B, T], False where the token is padding; None when none is.
+        past_length: tokens in the cache, an int or an int64 tensor.
+    """
+    first = position_ids[:, :1]
+    begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
+    if real is not None:
+        begins = begins & real[:, 1:].to(begins.device)
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not begins.any() and first.min() >= min(longest, int(past_length)):
+            return None
+    if position_ids.shape[1] == 1:
+        return position_ids
+    places = torch.arange(position_ids.shape[1], device=begins.device)
+    # Where the text of each token begins: a place in this call, or before it.
+    origin = torch.cat((-first.expand(len(begins), 1), places[1:].where(begins, -first)), dim=1).cummax(dim=1).values
+    return places - origin
 
 
 class PhiEngramPreTrainedModel(PreTrainedModel):
@@ -1005,11 +1046,13 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Tokens that the memory looks back on.
+        self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _head_indices(self, input_ids, real, cache):
+    def _head_indices(self, input_ids, real, cache, reach=None):
         """int64 [L, B, T, H]; the last N-1 ids come from the cache, and stay in it for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
@@ -1022,19 +1065,22 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
             history = with_history(ids, length, cache, layer_id, state_idx=1)
-        return self.engram_hash(history.to(stored.device))
+        return self.engram_hash(history.to(stored.device), reach)
 
     @torch.no_grad()
-    def ngram_indices(self, input_ids: torch.LongTensor, attention_mask=None) -> dict[int, torch.LongTensor]:
+    def ngram_indices(
+        self, input_ids: torch.LongTensor, attention_mask=None, position_ids: torch.LongTensor | None = None
+    ) -> dict[int, torch.LongTensor]:
         """Rows that each position reads, as every head's index within its own table.
 
         Args:
-            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding.
+            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding; position_ids: as in `forward`.
         Returns:
             {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
         """
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
-        return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None)))
+        reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
+        return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None, reach)))
 
     def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache that this forward pass reads and writes: the given one, a new one, or None."""
@@ -1103,6 +1149,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         Args:
             input_ids: int64 [B, T]. Always needed: the memory is addressed by tokens.
             inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
+            position_ids: int64 [B or 1, T]; where they begin again, so does the memory (several texts in one row).
             attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
                 `create_masks_for_generate` prepared.
             cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
@@ -1127,6 +1174,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         cache = self._usable_cache(cache, use_cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"], hidden.shape[1])
         given_positions = position_ids
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
@@ -1139,8 +1188,10 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
                 # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
                 position_ids=given_positions,
             )  # fmt: skip
-
-        indices = self._head_indices(input_ids, real, cache) + self.engram_hash.offsets[:, None, None]
+        reach = None
+        if given_positions is not None:
+            reach = text_reach(given_positions, real, past_length, self.longest)
+        indices = self._head_indices(input_ids, real, cache, reach) + self.engram_hash.offsets[:, None, None]
         indices = dict(zip(config.engram_layer_ids, indices))
         self._check_writable()
         self._expect(indices, hidden, cache)
@@ -1154,7 +1205,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
             hidden, weights = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
-                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, **kwargs,
+                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,
             )  # fmt: skip
             if output_attentions:
                 all_weights.append(weights)
