@@ -967,6 +967,33 @@ def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | No
     return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
 
 
+def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int):
+    """Raise ValueError where ids are missing, do not fit the vectors beside them, or are no tokens.
+
+    Looking at ids on a card is a wait for it: there an embedding's own check is left to find them, unless vectors take
+    its place.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
+            "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
+        )
+    if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
+            "token por vector, en el mismo orden. Si un vector no viene de ningún token, pon engram_pad_id en su sitio."
+        )
+    if torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    if input_ids.device.type == "cpu" or (inputs_embeds is not None and input_ids.device.type != "meta"):
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids tiene {low if low < 0 else high}, que no es un token: van de 0 a vocab_size-1="
+                f"{vocab_size - 1}. El relleno se marca en attention_mask y lo que no cuenta, con -100, en labels."
+            )
+
+
 def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
     """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
     places = torch.arange(n_tokens, device=cu_seq_lens.device)
@@ -1078,6 +1105,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         Returns:
             {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
         """
+        check_ids(input_ids, None, self.config.vocab_size)
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
         reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
         return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None, reach)))
@@ -1157,13 +1185,10 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
             and `attentions`.
         Raises:
-            ValueError: no ids, or a cache that cannot hold the memory's state.
+            ValueError: no ids or none that are tokens, a cache that cannot hold the memory's state, or rows that are
+                to learn and can only be read.
         """
-        if input_ids is None:
-            raise ValueError(
-                "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
-                "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
-            )
+        check_ids(input_ids, inputs_embeds, self.config.vocab_size)
         config = self.config
         cache = past_key_values if cache is None else cache
         return_dict = config.return_dict if return_dict is None else return_dict
@@ -1601,8 +1626,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         # transformers drops the ids where it uses embeddings; the memory needs both.
-        if inputs.get("inputs_embeds") is not None and input_ids.shape[1] == inputs["inputs_embeds"].shape[1]:
-            inputs["input_ids"] = input_ids
+        if inputs.get("inputs_embeds") is not None and input_ids.shape[1]:
+            check_ids(input_ids, inputs_embeds, self.config.vocab_size)
+            inputs["input_ids"] = input_ids[:, -inputs["inputs_embeds"].shape[1] :]
         return inputs
 
 
