@@ -346,16 +346,20 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
-    def forward(self, history: torch.LongTensor) -> torch.LongTensor:
+    def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
         Args:
             history: int64 [B, N-1+T]; token id + 1, and 0 for "before the start".
+            reach: see `text_reach`; tokens farther back count as "before the start".
         Returns:
             int64 [L, B, T, H]: each head's index within its own table, order 2 first, heads in order.
         """
         ids = torch.where(history == 0, self.config.engram_pad_id, history - 1)
         windows = self.token_map[ids].unfold(1, self.max_ngram_size, 1)  # [B, T, N], oldest first
+        if reach is not None:
+            back = torch.arange(self.max_ngram_size - 1, -1, -1, device=reach.device)
+            windows = windows.where(back <= reach[..., None], self.token_map[self.config.engram_pad_id])
         products = windows * self.multipliers.flip(-1)[:, None, None, :]  # [L, B, T, N]
         mix, mixes = products[..., -1], []
         for back in range(2, self.max_ngram_size + 1):
@@ -747,14 +751,17 @@ class EngramShortConv(nn.Module):
         self.dilation = dilation
         self.history = (kernel_size - 1) * dilation  # inputs that one output looks back on
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, d, history + T] -> [B, T, d]."""
-        length = x.shape[-1] - self.history
+    def forward(self, x: torch.Tensor, reach: torch.LongTensor | None = None) -> torch.Tensor:
+        """[B, d, history + T] -> [B, T, d]; inputs farther back than `reach` (see `text_reach`) count as zero."""
+        length, output = x.shape[-1] - self.history, None
         # A sum of shifted products gives the same bits whatever T is, so that cached steps equal the whole.
-        output = x[..., :length].transpose(1, 2) * self.weight[:, 0, 0]
-        for k in range(1, self.weight.shape[-1]):
+        for k in range(self.weight.shape[-1]):
             first = k * self.dilation
-            output.add_(x[..., first : first + length].transpose(1, 2) * self.weight[:, 0, k])
+            inputs, back = x[..., first : first + length].transpose(1, 2), self.history - first
+            if reach is not None and back:
+                inputs = inputs.masked_fill((reach < back)[..., None], 0)
+            product = inputs * self.weight[:, 0, k]
+            output = product if output is None else output.add_(product)
         return output
 
 
@@ -772,14 +779,16 @@ class EngramLayer(nn.Module):
         self.conv = EngramShortConv(config.hidden_size, config.engram_kernel_size, config.max_ngram_size)
 
     def forward(
-        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None,
+        reach: torch.LongTensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """
         Args:
             hidden: [B, T, d].
             rows: [B, T, H, d_head].
             real: bool [B, T], False where the token is padding; None when none is.
             cache: keeps the last conv inputs.
+            reach: see `text_reach`.
         Returns:
             Y [B, T, d], hidden's dtype; exactly zero where all rows in reach are zero and there is no bias.
         """
@@ -790,7 +799,7 @@ class EngramLayer(nn.Module):
             gated = gated.masked_fill(~real[..., None], 0)
         conv_input = self.conv_norm(gated).to(hidden.dtype).transpose(1, 2)  # [B, d, T]
         conv_input = with_history(conv_input, self.conv.history, cache, self.layer_idx, state_idx=0)
-        return F.silu(self.conv(conv_input), inplace=not torch.is_grad_enabled()).add_(gated)
+        return F.silu(self.conv(conv_input, reach), inplace=not torch.is_grad_enabled()).add_(gated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -922,14 +931,14 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden, rows=None, real=None, *, attention=None, attention_mask=None, position_embeddings=None,
-        cache=None, **kwargs,
+        cache=None, reach=None, **kwargs,
     ):  # fmt: skip
         """[B, T, d] -> [B, T, d], attention weights or None.
 
         `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
         """
         if self.engram is not None and rows is not None:
-            hidden = hidden + self.engram(hidden, rows, real, cache)
+            hidden = hidden + self.engram(hidden, rows, real, cache, reach)
         normed = self.input_layernorm(hidden)
         attended, weights = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
         computed = self.mlp(normed)
@@ -959,6 +968,65 @@ def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | No
     own = (torch.arange(n_tokens, device=device) + past_length).expand(attention_mask.shape[0], -1)[..., None]
     diagonal = attention_mask[:, 0].gather(-1, own)[..., 0]  # [B, T]
     return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+
+
+def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int):
+    """Raise ValueError where ids are missing, do not fit the vectors beside them, or are no tokens.
+
+    Looking at ids on a card is a wait for it: there an embedding's own check is left to find them, unless vectors take
+    its place.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
+            "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
+        )
+    if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
+            "token por vector, en el mismo orden. Si un vector no viene de ningún token, pon engram_pad_id en su sitio."
+        )
+    if torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    if input_ids.device.type == "cpu" or (inputs_embeds is not None and input_ids.device.type != "meta"):
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids tiene {low if low < 0 else high}, que no es un token: van de 0 a vocab_size-1="
+                f"{vocab_size - 1}. El relleno se marca en attention_mask y lo que no cuenta, con -100, en labels."
+            )
+
+
+def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
+    """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
+    places = torch.arange(n_tokens, device=cu_seq_lens.device)
+    return (places - cu_seq_lens[torch.searchsorted(cu_seq_lens, places, right=True) - 1])[None]
+
+
+def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTensor | None:
+    """How many tokens back each token's own text begins, by the caller's positions: int64 [B or 1, T].
+
+    A text begins where positions begin again. What the cache holds belongs to the first token's text as far back as
+    its position says. None where all that is within `longest` is of one text; on a card that would be a wait for it,
+    so there nobody looks.
+
+    Args:
+        position_ids: int64 [B or 1, T]. real: bool [B, T], False where the token is padding; None when none is.
+        past_length: tokens in the cache, an int or an int64 tensor.
+    """
+    first = position_ids[:, :1]
+    begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
+    if real is not None:
+        begins = begins & real[:, 1:].to(begins.device)
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not begins.any() and first.min() >= min(longest, int(past_length)):
+            return None
+    if position_ids.shape[1] == 1:
+        return position_ids
+    places = torch.arange(position_ids.shape[1], device=begins.device)
+    # Where the text of each token begins: a place in this call, or before it.
+    origin = torch.cat((-first.expand(len(begins), 1), places[1:].where(begins, -first)), dim=1).cummax(dim=1).values
+    return places - origin
 
 
 class PhiEngramPreTrainedModel(PreTrainedModel):
@@ -1008,11 +1076,13 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Tokens that the memory looks back on.
+        self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _head_indices(self, input_ids, real, cache):
+    def _head_indices(self, input_ids, real, cache, reach=None):
         """int64 [L, B, T, H]; the last N-1 ids come from the cache, and stay in it for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
@@ -1025,19 +1095,72 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
             history = with_history(ids, length, cache, layer_id, state_idx=1)
-        return self.engram_hash(history.to(stored.device))
+        return self.engram_hash(history.to(stored.device), reach)
 
     @torch.no_grad()
-    def ngram_indices(self, input_ids: torch.LongTensor, attention_mask=None) -> dict[int, torch.LongTensor]:
+    def ngram_indices(
+        self, input_ids: torch.LongTensor, attention_mask=None, position_ids: torch.LongTensor | None = None
+    ) -> dict[int, torch.LongTensor]:
         """Rows that each position reads, as every head's index within its own table.
 
         Args:
-            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding.
+            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding; position_ids: as in `forward`.
         Returns:
             {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
         """
+        check_ids(input_ids, None, self.config.vocab_size)
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
-        return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None)))
+        reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
+        return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None, reach)))
+
+    def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache that this forward pass reads and writes: the given one, a new one, or None."""
+        config = self.config
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The replay in backward would write a cache a second time.
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "Con gradient_checkpointing no se puede entrenar sobre una caché que ya tiene tokens. Pasa el "
+                    "texto entero sin caché, o apágalo antes: model.gradient_checkpointing_disable()."
+                )
+            if cache is not None or use_cache:
+                logger.warning_once("Con gradient_checkpointing se entrena sin caché: use_cache=True no se atiende.")
+            return None
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            return DynamicCache(config=config)
+        if cache is not None and (
+            len(cache.layers) < config.num_hidden_layers
+            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+        ):
+            raise ValueError(
+                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
+                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
+            )
+        return cache
+
+    def _check_writable(self):
+        """Raise ValueError where a forward pass of training would train rows that can only be read."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for layer_id in self.config.engram_layer_ids:
+            trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
+            if trained and not self.engram_tables[str(layer_id)].writable:
+                raise ValueError(
+                    "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
+                    'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
+                    "--precision-memoria float32 --salida OTRA"
+                )
+
+    def _expect(self, indices: dict[int, torch.LongTensor], hidden: torch.Tensor, cache: Cache | None):
+        """Begin to bring the rows; where the memory is off, leave in the cache that it added nothing."""
+        if self.use_memory:
+            for layer_id in sorted(indices):
+                self.engram_tables[str(layer_id)].announce(indices[layer_id])
+            return
+        # A cache layer with an unused state can neither be cut back nor reordered.
+        silence = hidden.new_zeros(*hidden.shape[:2], self.config.hidden_size).transpose(1, 2)
+        for layer_id in indices:
+            with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
 
     def forward(
         self,
@@ -1057,6 +1180,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         Args:
             input_ids: int64 [B, T]. Always needed: the memory is addressed by tokens.
             inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
+            position_ids: int64 [B or 1, T]; where they begin again, so does the memory (several texts in one row).
             attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
                 `create_masks_for_generate` prepared.
             cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
@@ -1064,35 +1188,22 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
             and `attentions`.
         Raises:
-            ValueError: no ids, or a cache that cannot hold the memory's state.
+            ValueError: no ids or none that are tokens, a cache that cannot hold the memory's state, or rows that are
+                to learn and can only be read.
         """
-        if input_ids is None:
-            raise ValueError(
-                "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
-                "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
-            )
+        check_ids(input_ids, inputs_embeds, self.config.vocab_size)
         config = self.config
         cache = past_key_values if cache is None else cache
-        use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
             output_attentions = config.output_attentions
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None  # the replay in backward would write the cache a second time
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        if cache is not None and (
-            len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
-        ):
-            raise ValueError(
-                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
-                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
-            )
+        cache = self._usable_cache(cache, use_cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"], hidden.shape[1])
         given_positions = position_ids
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
@@ -1105,26 +1216,13 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
                 # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
                 position_ids=given_positions,
             )  # fmt: skip
-
-        indices = self._head_indices(input_ids, real, cache) + self.engram_hash.offsets[:, None, None]
+        reach = None
+        if given_positions is not None:
+            reach = text_reach(given_positions, real, past_length, self.longest)
+        indices = self._head_indices(input_ids, real, cache, reach) + self.engram_hash.offsets[:, None, None]
         indices = dict(zip(config.engram_layer_ids, indices))
-        if self.training and torch.is_grad_enabled():
-            for layer_id in indices:
-                trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
-                if trained and not self.engram_tables[str(layer_id)].writable:
-                    raise ValueError(
-                        "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
-                        'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
-                        "--precision-memoria float32 --salida OTRA"
-                    )
-        if self.use_memory:
-            for layer_id in sorted(indices):
-                self.engram_tables[str(layer_id)].announce(indices[layer_id])
-        else:  # a cache layer with an unused state can neither be cut back nor reordered
-            silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
-            for layer_id in indices:
-                history = self.layers[layer_id].engram.conv.history
-                with_history(silence, history, cache, layer_id, state_idx=0)
+        self._check_writable()
+        self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
@@ -1135,7 +1233,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
             hidden, weights = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
-                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, **kwargs,
+                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,
             )  # fmt: skip
             if output_attentions:
                 all_weights.append(weights)
@@ -1531,8 +1629,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         # transformers drops the ids where it uses embeddings; the memory needs both.
-        if inputs.get("inputs_embeds") is not None and input_ids.shape[1] == inputs["inputs_embeds"].shape[1]:
-            inputs["input_ids"] = input_ids
+        if inputs.get("inputs_embeds") is not None and input_ids.shape[1]:
+            check_ids(input_ids, inputs_embeds, self.config.vocab_size)
+            inputs["input_ids"] = input_ids[:, -inputs["inputs_embeds"].shape[1] :]
         return inputs
 
 
