@@ -958,6 +958,64 @@ def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | No
     return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
 
 
+def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
+
+    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        if flat.device.type == "meta":
+            return None
+        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
+    return digest.hexdigest()
+
+
+def free_ram() -> int:
+    """Bytes of RAM that this process could still take."""
+    return psutil.virtual_memory().available if psutil else 2**62
+
+
+def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
+    """Where the memory's rows go, and why (Spanish).
+
+    Args:
+        wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
+        to_move: bytes of the model that are yet to go to the GPU.
+    Raises:
+        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
+    """
+    if wanted not in PLACES:
+        raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
+    if wanted == "disco" and not on_file:
+        raise ValueError(
+            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
+            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
+        )
+    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
+    if wanted in ("gpu", "disco"):
+        return wanted, f"ocupa {giga}; así se ha pedido"
+    gpu = " no hay GPU;"
+    if wanted == "auto" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        if size + to_move < 0.8 * free:  # the rest is for what is computed
+            return "gpu", f"ocupa {giga} y cabe en la GPU"
+        gpu = " no cabe en la GPU;"
+    elif wanted == "ram":
+        gpu = ""
+    free = free_ram()
+    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
+    if size < 0.9 * free or not on_file:
+        return "ram", f"ocupa {giga};{gpu} {room}"
+    if wanted == "ram":
+        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
+    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
+
+
 class PhiEngramPreTrainedModel(PreTrainedModel):
     config_class = PhiEngramConfig
     config: PhiEngramConfig
@@ -985,6 +1043,162 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, module.inverse_frequencies())
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+        """transformers' own, plus where the memory's rows live in this process.
+
+        Args:
+            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
+                needed), or "auto", the fastest that fits into what is free.
+        Raises:
+            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
+        """
+        if engram_storage not in PLACES:
+            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        empty = {} if name is None else {"empty_tables": True}
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        if empty:
+            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
+            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
+            model._fill_tables(files, engram_storage)
+            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
+            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
+        elif engram_storage != "auto":
+            model.move_memory(engram_storage)
+        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        return (model, info) if output_loading_info else model
+
+    # ---- where the memory's rows live
+
+    @property
+    def n_values(self) -> int:
+        """Parameters, wherever they live; the rows' scales are not counted."""
+        tables = self.model.engram_tables.values()
+        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
+        return dense + sum(table.n_rows * table.d_head for table in tables)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that `save_pretrained` would write."""
+        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
+        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
+
+    @property
+    def memory_place(self) -> str:
+        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
+        table = next(iter(self.model.engram_tables.values()))
+        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
+
+    def move_memory(self, place: str):
+        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
+
+        Raises:
+            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
+        """
+        tables = self.model.engram_tables
+        size = sum(table.size(table.dtype) for table in tables.values())
+        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
+        for layer_id, table in tables.items():
+            self._settle(table, layer_id, place)
+
+    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
+        on_gpu = self.device.type == "cuda"
+        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
+        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
+        return place
+
+    def _settle(self, table: EngramTable, layer_id, place: str):
+        table.settle(place)
+        if place == "gpu":
+            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
+
+    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+
+        def find(file):
+            try:
+                return cached_file(name, file, **hub)
+            except OSError:
+                return None
+
+        suffix, files = f".{variant}" if variant else "", {}
+        single, index = find(f"model{suffix}.safetensors"), None
+        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
+            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        for layer_id in self.config.engram_layer_ids:
+            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
+            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
+            if path is None and index is not None:
+                path = find(index[key]) if key in index else None
+            elif path is None and single is not None:
+                with safe_open(single, "pt") as file:
+                    path = single if key in file.keys() else None
+            if path is not None:
+                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
+        return files
+
+    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
+        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
+        zeros for a layer without file."""
+        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
+        kinds = {
+            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
+            for i in tables
+        }
+        size = sum(table.size(kinds[i]) for i, table in tables.items())
+        place = self._choose(wanted, size, len(files) == len(tables))
+        for layer_id, table in tables.items():
+            table.file = files.get(layer_id)
+            if table.file is None:
+                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+            elif place != "disco":
+                table.hold(kinds[layer_id])
+            self._settle(table, layer_id, place)
+
+    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
+        """Digest of the dense weights beside which a layer's rows were trained."""
+        start = f"model.layers.{layer_id}.engram."
+        state = self.state_dict() if state is None else state
+        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
+
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
+        engram_precision: str | None = None, **kwargs,
+    ):  # fmt: skip
+        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
+
+        Args:
+            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
+        Raises:
+            ValueError: no such precision.
+        """
+        if engram_precision not in (None, *PRECISIONS):
+            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
+        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
+        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        if is_main_process and not adapter:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for layer_id in self.config.engram_layer_ids:
+                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
+                if key in given:  # gathered by a trainer, perhaps
+                    table = EngramTable(table.n_rows, table.d_head, empty=True)
+                    table.weight = nn.Parameter(given[key], requires_grad=False)
+                dtype = PRECISIONS.get(engram_precision, table.dtype)
+                write_table(
+                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
+                    table.d_head, self._mate(layer_id, state),
+                )  # fmt: skip
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
+            **kwargs,
+        )  # fmt: skip
+        if push_to_hub and is_main_process:
+            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
 
 
 class PhiEngramModel(PhiEngramPreTrainedModel):
@@ -1146,64 +1360,6 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
-
-    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().flatten()
-        if flat.device.type == "meta":
-            return None
-        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
-    return digest.hexdigest()
-
-
-def free_ram() -> int:
-    """Bytes of RAM that this process could still take."""
-    return psutil.virtual_memory().available if psutil else 2**62
-
-
-def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
-    """Where the memory's rows go, and why (Spanish).
-
-    Args:
-        wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
-        to_move: bytes of the model that are yet to go to the GPU.
-    Raises:
-        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
-    """
-    if wanted not in PLACES:
-        raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
-    if wanted == "gpu" and not torch.cuda.is_available():
-        raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
-    if wanted == "disco" and not on_file:
-        raise ValueError(
-            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
-            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
-        )
-    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
-    if wanted in ("gpu", "disco"):
-        return wanted, f"ocupa {giga}; así se ha pedido"
-    gpu = " no hay GPU;"
-    if wanted == "auto" and torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        if size + to_move < 0.8 * free:  # the rest is for what is computed
-            return "gpu", f"ocupa {giga} y cabe en la GPU"
-        gpu = " no cabe en la GPU;"
-    elif wanted == "ram":
-        gpu = ""
-    free = free_ram()
-    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
-    if size < 0.9 * free or not on_file:
-        return "ram", f"ocupa {giga};{gpu} {room}"
-    if wanted == "ram":
-        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
-    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
-
-
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
@@ -1224,162 +1380,6 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
         self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
-        """transformers' own, plus where the memory's rows live in this process.
-
-        Args:
-            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
-                needed), or "auto", the fastest that fits into what is free.
-        Raises:
-            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
-        """
-        if engram_storage not in PLACES:
-            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
-        empty = {} if name is None else {"empty_tables": True}
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
-        if empty:
-            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
-            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
-            model._fill_tables(files, engram_storage)
-            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
-            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
-        elif engram_storage != "auto":
-            model.move_memory(engram_storage)
-        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
-            model.generation_config.eos_token_id = model.config.eos_token_id
-        return (model, info) if output_loading_info else model
-
-    # ---- where the memory's rows live
-
-    @property
-    def n_values(self) -> int:
-        """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.model.engram_tables.values()
-        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
-        return dense + sum(table.n_rows * table.d_head for table in tables)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all that `save_pretrained` would write."""
-        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
-
-    @property
-    def memory_place(self) -> str:
-        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
-        table = next(iter(self.model.engram_tables.values()))
-        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
-
-    def move_memory(self, place: str):
-        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
-
-        Raises:
-            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
-        """
-        tables = self.model.engram_tables
-        size = sum(table.size(table.dtype) for table in tables.values())
-        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
-        for layer_id, table in tables.items():
-            self._settle(table, layer_id, place)
-
-    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
-        on_gpu = self.device.type == "cuda"
-        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
-        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
-        return place
-
-    def _settle(self, table: EngramTable, layer_id, place: str):
-        table.settle(place)
-        if place == "gpu":
-            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
-
-    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
-
-        def find(file):
-            try:
-                return cached_file(name, file, **hub)
-            except OSError:
-                return None
-
-        suffix, files = f".{variant}" if variant else "", {}
-        single, index = find(f"model{suffix}.safetensors"), None
-        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
-            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        for layer_id in self.config.engram_layer_ids:
-            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
-            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
-            if path is None and index is not None:
-                path = find(index[key]) if key in index else None
-            elif path is None and single is not None:
-                with safe_open(single, "pt") as file:
-                    path = single if key in file.keys() else None
-            if path is not None:
-                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
-        return files
-
-    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
-        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
-        zeros for a layer without file."""
-        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
-        kinds = {
-            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
-            for i in tables
-        }
-        size = sum(table.size(kinds[i]) for i, table in tables.items())
-        place = self._choose(wanted, size, len(files) == len(tables))
-        for layer_id, table in tables.items():
-            table.file = files.get(layer_id)
-            if table.file is None:
-                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
-            elif place != "disco":
-                table.hold(kinds[layer_id])
-            self._settle(table, layer_id, place)
-
-    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
-        """Digest of the dense weights beside which a layer's rows were trained."""
-        start = f"model.layers.{layer_id}.engram."
-        state = self.state_dict() if state is None else state
-        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
-
-    def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
-        engram_precision: str | None = None, **kwargs,
-    ):  # fmt: skip
-        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
-
-        Args:
-            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
-        Raises:
-            ValueError: no such precision.
-        """
-        if engram_precision not in (None, *PRECISIONS):
-            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
-        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
-        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
-        if is_main_process and not adapter:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for layer_id in self.config.engram_layer_ids:
-                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
-                if key in given:  # gathered by a trainer, perhaps
-                    table = EngramTable(table.n_rows, table.d_head, empty=True)
-                    table.weight = nn.Parameter(given[key], requires_grad=False)
-                dtype = PRECISIONS.get(engram_precision, table.dtype)
-                write_table(
-                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
-                    table.d_head, self._mate(layer_id, state),
-                )  # fmt: skip
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
-            **kwargs,
-        )  # fmt: skip
-        if push_to_hub and is_main_process:
-            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
 
     # ---- memories that travel
 
