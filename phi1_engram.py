@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sympy import nextprime
 from torch import nn
@@ -532,6 +534,53 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
             os.remove(temporary)
 
 
+def as_any_new_file(path: Path):
+    """Give a file the mode that the umask gives: safetensors makes files that their owner alone may read."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
+def index_tables(folder: Path, suffix: str, tables: dict[str, str]):
+    """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
+
+    A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
+    Files of an earlier save that the index does not name go.
+
+    Args:
+        suffix: of a variant, with its dot. tables: {tensor: file in `folder`}.
+    """
+    single, index_file = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
+    only = folder / f"model{suffix}-00001-of-00001.safetensors"
+    ours = re.compile(rf"model{re.escape(suffix)}-(\d{{5}}-of-\d{{5}}|engram-\d+)\.safetensors")
+    files = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
+
+    def size(path):
+        with open(path, "rb") as file:
+            return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+    if any("-of-" in path.name for path in files):  # those of an earlier save went when this one was made
+        single.unlink(missing_ok=True)
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    else:
+        with safe_open(single, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), only.name)}
+        os.replace(single, only)
+        files.append(only)
+        index["metadata"]["total_size"] = size(only)
+    index["weight_map"] |= tables
+    index["metadata"]["total_size"] += sum(size(folder / file) for file in tables.values())
+    temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, index_file)
+    for path in files:
+        if path.name not in index["weight_map"].values():
+            path.unlink()
+        else:
+            as_any_new_file(path)
+
+
 def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
     return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
@@ -620,6 +669,36 @@ class EngramTable(nn.Module):
         self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
         if self.stays and self.weight is not None:
             self.weight.data = self.weight.data.cpu()  # not pinned: rows are gathered into other memory, and that is
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Rows of any precision, into the precision of these. Rows on the disk that are to be others come to RAM."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is None:
+            if self.weight is not None and strict:
+                missing_keys.append(f"{prefix}weight")
+            return
+        expected = [self.n_rows, row_width(self.d_head, given.dtype)]
+        if list(given.shape) != expected or given.dtype not in SAFETENSORS.values():
+            kind = str(given.dtype).removeprefix("torch.")
+            errors.append(
+                f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
+                f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
+            )
+        elif self.weight is None:
+            step = max(1, CHUNK // self.file.row_bytes)
+            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
+            if not same:
+                self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
+                self.settle("ram")
+        elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
+            self.weight, self.file = nn.Parameter(given, requires_grad=given.is_floating_point()), None
+        else:
+            first = 0
+            with torch.no_grad():
+                for rows in given.split(max(1, CHUNK // (4 * self.d_head))):
+                    same = rows.dtype == self.weight.dtype
+                    self.weight[first : first + len(rows)] = rows if same else pack(unpack(rows), self.weight.dtype)
+                    first += len(rows)
 
     def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
         """All rows as stored in precision `dtype`, some at a time, on the CPU."""
@@ -1016,6 +1095,38 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
 
 
+def find_file(name, file: str, hub: dict) -> str | None:
+    """Path of a checkpoint's file, in a folder or on the Hub; None where it is not to be had."""
+    try:
+        return cached_file(name, file, **hub)
+    except OSError:
+        return None
+
+
+def weight_files(name, variant, hub: dict) -> tuple[str | None, dict[str, str]]:
+    """The one file of a checkpoint's dense weights, or {tensor: file} of its index, in transformers' own order."""
+    suffix = f".{variant}" if variant else ""
+    single = find_file(name, f"model{suffix}.safetensors", hub)
+    if single is None and (path := find_file(name, f"model.safetensors.index{suffix}.json", hub)) is not None:
+        return None, json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+    return single, {}
+
+
+def bad_table(name, variant, hub: dict) -> str | None:
+    """Which file of rows that the index names cannot be opened, in Spanish."""
+    for key, file in weight_files(name, variant, hub)[1].items():
+        if "engram_tables" in key:
+            path = find_file(name, file, hub)
+            if path is None:
+                return f"A «{name}» le falta el archivo de la memoria {file}. Vuelve a copiar el modelo entero."
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return f"El archivo de la memoria {path} no sirve: está a medias o su cabecera no se entiende."
+    return None
+
+
 class PhiEngramPreTrainedModel(PreTrainedModel):
     config_class = PhiEngramConfig
     config: PhiEngramConfig
@@ -1057,16 +1168,22 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         if engram_storage not in PLACES:
             raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
         empty = {} if name is None else {"empty_tables": True}
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
+        source = name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs}
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        except (OSError, SafetensorError) as error:  # transformers opens all files that the index names
+            if bad := bad_table(*source):
+                raise EngramFileError(bad) from error
+            raise
         if empty:
-            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
-            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
+            files = model._table_files(*source)
             model._fill_tables(files, engram_storage)
-            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
+            absent = [model._table_key(i) for i in model.config.engram_layer_ids if i not in files]
             info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
         elif engram_storage != "auto":
             model.move_memory(engram_storage)
-        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
+        if model.can_generate() and model.generation_config.eos_token_id is None:  # as in Phi-1's published files
             model.generation_config.eos_token_id = model.config.eos_token_id
         return (model, info) if output_loading_info else model
 
@@ -1075,7 +1192,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     @property
     def n_values(self) -> int:
         """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.model.engram_tables.values()
+        tables = self.base_model.engram_tables.values()
         dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
         return dense + sum(table.n_rows * table.d_head for table in tables)
 
@@ -1083,12 +1200,12 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     def n_bytes(self) -> int:
         """Of all that `save_pretrained` would write."""
         dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
+        return dense + sum(table.size(table.dtype) for table in self.base_model.engram_tables.values())
 
     @property
     def memory_place(self) -> str:
         """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
-        table = next(iter(self.model.engram_tables.values()))
+        table = next(iter(self.base_model.engram_tables.values()))
         return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
 
     def move_memory(self, place: str):
@@ -1097,7 +1214,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
         """
-        tables = self.model.engram_tables
+        tables = self.base_model.engram_tables
         size = sum(table.size(table.dtype) for table in tables.values())
         place = self._choose(place, size, all(table.file is not None for table in tables.values()))
         for layer_id, table in tables.items():
@@ -1112,37 +1229,31 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     def _settle(self, table: EngramTable, layer_id, place: str):
         table.settle(place)
         if place == "gpu":
-            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
+            table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
 
     def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
         """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
 
-        def find(file):
-            try:
-                return cached_file(name, file, **hub)
-            except OSError:
-                return None
-
-        suffix, files = f".{variant}" if variant else "", {}
-        single, index = find(f"model{suffix}.safetensors"), None
-        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
-            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        single, index = weight_files(name, variant, hub)
+        inside = ()
+        if single is not None:
+            with safe_open(single, "pt") as file:
+                inside = file.keys()
+        files = {}
         for layer_id in self.config.engram_layer_ids:
-            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
-            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
-            if path is None and index is not None:
-                path = find(index[key]) if key in index else None
-            elif path is None and single is not None:
-                with safe_open(single, "pt") as file:
-                    path = single if key in file.keys() else None
-            if path is not None:
-                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
+            table, key = self.base_model.engram_tables[str(layer_id)], f"engram_tables.{layer_id}.weight"
+            if key not in inside and key not in index:  # as `PhiEngramModel` alone writes it
+                key = f"model.{key}"
+            # Where neither names it, an earlier version wrote it beside them, under a name without variant.
+            file = single if key in inside else find_file(name, index.get(key, TABLE_FILE.format(layer_id)), hub)
+            if file is not None:
+                files[layer_id] = TableFile(file, key, table.n_rows, table.d_head, self._mate(layer_id))
         return files
 
     def _fill_tables(self, files: dict[int, TableFile], wanted: str):
         """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
         zeros for a layer without file."""
-        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
+        tables = {i: self.base_model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
         kinds = {
             i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
             for i in tables
@@ -1157,17 +1268,22 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 table.hold(kinds[layer_id])
             self._settle(table, layer_id, place)
 
+    def _table_key(self, layer_id: int) -> str:
+        return f"{'' if self.base_model is self else 'model.'}engram_tables.{layer_id}.weight"
+
     def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
         """Digest of the dense weights beside which a layer's rows were trained."""
-        start = f"model.layers.{layer_id}.engram."
         state = self.state_dict() if state is None else state
+        state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+        start = f"model.layers.{layer_id}.engram."
         return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
 
     def save_pretrained(
         self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
         engram_precision: str | None = None, **kwargs,
     ):  # fmt: skip
-        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
+        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
+        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
 
         Args:
             engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
@@ -1181,24 +1297,37 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
         repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        suffix, tables = f".{variant}" if variant else "", {}
         if is_main_process and not adapter:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for layer_id in self.config.engram_layer_ids:
-                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
+                table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
                     table = EngramTable(table.n_rows, table.d_head, empty=True)
                     table.weight = nn.Parameter(given[key], requires_grad=False)
                 dtype = PRECISIONS.get(engram_precision, table.dtype)
+                tables[key] = f"model{suffix}{TABLE_FILE.format(layer_id)[len('model'):]}"
                 write_table(
-                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
-                    table.d_head, self._mate(layer_id, state),
+                    Path(save_directory, tables[key]), key, table.chunks(dtype), dtype, table.n_rows, table.d_head,
+                    self._mate(layer_id, state),
                 )  # fmt: skip
         super().save_pretrained(
             save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
             **kwargs,
         )  # fmt: skip
+        if tables:
+            index_tables(Path(save_directory), suffix, tables)
         if push_to_hub and is_main_process:
             self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""
+        pushed = super().push_to_hub(repo_id, **kwargs)
+        hub, repo_id = HfApi(token=kwargs.get("token")), pushed.repo_url.repo_id
+        revision = pushed.pr_revision or kwargs.get("revision")
+        if hub.file_exists(repo_id, "model.safetensors", revision=revision):
+            hub.delete_file("model.safetensors", repo_id, revision=revision)
+        return pushed
 
 
 class PhiEngramModel(PhiEngramPreTrainedModel):
@@ -1416,6 +1545,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         try:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
+            as_any_new_file(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
