@@ -34,6 +34,7 @@ from sympy import nextprime
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -1292,6 +1293,9 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        code = __name__.split(".")[-1]  # either class opens what the other one saved
+        classes = {"AutoModel": f"{code}.PhiEngramModel", "AutoModelForCausalLM": f"{code}.PhiEngramForCausalLM"}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
         state = dict(self.state_dict() if state_dict is None else state_dict)
         given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
         token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
@@ -1348,6 +1352,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if empty_tables:  # transformers need not know of what is read apart
+            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
+        self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
@@ -1505,9 +1512,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        if empty_tables:  # transformers need not know of what is read apart
-            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
-        self.memory_reason = ""  # why the rows are where they are, in Spanish
+        self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
+        self.memory_reason = ""
         self.post_init()
 
     # ---- memories that travel
@@ -1664,6 +1670,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
 
 PhiEngramConfig.register_for_auto_class()
+PhiEngramModel.register_for_auto_class("AutoModel")
 PhiEngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
+AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
 AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)

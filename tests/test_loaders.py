@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.utils import load_checkpoint_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PhiForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, PhiForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import helpers
 from engram.folders import whole_folder
-from phi1_engram import PRECISIONS, PhiEngramForCausalLM
+from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, PhiEngramModel
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,50 @@ def test_the_best_model_of_a_trainer_has_its_rows(make_model, tmp_path):
     assert best.endswith("checkpoint-1")  # the worst one is asked for
     expected, found = opened(best).state_dict(), trainer.model.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AutoModel, the stack without a head
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def states(model):
+    return model(torch.arange(40).view(2, 20)).last_hidden_state
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("place", ["ram", "disco"])
+def test_auto_model_opens_the_rows_and_saves_what_opens_again(saved, tmp_path, precision, place):
+    _, folders = saved
+    expected = opened(folders[precision]).model
+    base, info = AutoModel.from_pretrained(folders[precision], engram_storage=place, output_loading_info=True)
+    assert type(base) is PhiEngramModel and base.memory_place == place and not info["missing_keys"]
+    assert info["unexpected_keys"] == {"lm_head.weight", "lm_head.bias"}
+    assert torch.equal(states(base), states(expected))
+    base.save_pretrained(tmp_path)
+    again, info = AutoModel.from_pretrained(tmp_path, engram_storage=place, output_loading_info=True)
+    assert torch.equal(states(again), states(expected)) and not (info["missing_keys"] or info["unexpected_keys"])
+    again.move_memory("disco")
+    assert torch.equal(states(again), states(expected))
+    whole, info = opened(tmp_path, place, output_loading_info=True)  # with a head of its own, and said so
+    assert torch.equal(states(whole.model), states(expected))
+    assert info["missing_keys"] == {"lm_head.weight", "lm_head.bias"}
+
+
+def test_auto_model_opens_what_earlier_versions_saved():
+    folder = Path(__file__).resolve().parent / "saved" / "entrenado"
+    expected = opened(folder).model
+    assert torch.equal(states(AutoModel.from_pretrained(folder, engram_storage="disco")), states(expected))
+
+
+def test_auto_model_refuses_rows_that_are_not_its_own(saved, tmp_path):
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    helpers.make_model(seed=9).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model-engram-1.safetensors", tmp_path / "it")
+    with pytest.raises(EngramFileError, match="no son las que se guardaron con este modelo"):
+        AutoModel.from_pretrained(tmp_path / "it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

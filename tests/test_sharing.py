@@ -23,7 +23,7 @@ IDS = [[5, 17, 300, 5, 17, 300, 50300, 9]]
 ELSEWHERE = """
 import importlib.util, json, sys
 import torch, transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder, sharded, again = sys.argv[1:]
 assert not any(importlib.util.find_spec(name) for name in ("phi1_engram", "helpers", "conftest"))
@@ -43,6 +43,8 @@ transformers.AutoTokenizer.from_pretrained = forbidden
 model, result["logits"] = logits(folder)
 result["sharded"] = logits(sharded, dtype=torch.float16)[1]
 result["device_map"] = logits(sharded, dtype=torch.float16, device_map="auto")[1]
+with torch.no_grad():
+    result["hidden"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state.tolist()
 transformers.AutoTokenizer.from_pretrained = opened
 
 result["greedy"] = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False).tolist()
@@ -101,7 +103,8 @@ def test_what_is_written(shared):
     assert (folder / "phi1_engram.py").read_bytes() == CODE.read_bytes()
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == {
-        "AutoConfig": "phi1_engram.PhiEngramConfig", "AutoModelForCausalLM": "phi1_engram.PhiEngramForCausalLM",
+        "AutoConfig": "phi1_engram.PhiEngramConfig", "AutoModel": "phi1_engram.PhiEngramModel",
+        "AutoModelForCausalLM": "phi1_engram.PhiEngramForCausalLM",
     }  # fmt: skip
     assert config["architectures"] == ["PhiEngramForCausalLM"] and config["model_type"] == "phi_engram"
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 50256
@@ -113,6 +116,9 @@ def test_what_is_written(shared):
 def test_another_process_gets_the_same_logits(shared, elsewhere):
     model, _, _ = shared
     torch.testing.assert_close(torch.tensor(elsewhere["logits"]), logits(model), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor(IDS)).last_hidden_state
+    torch.testing.assert_close(torch.tensor(elsewhere["hidden"]), hidden, rtol=0, atol=1e-6)
 
 
 def test_another_process_generates_the_same(shared, elsewhere, tokenizer):
