@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from sympy import nextprime
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -1672,6 +1673,14 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 PhiEngramConfig.register_for_auto_class()
 PhiEngramModel.register_for_auto_class("AutoModel")
 PhiEngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
-AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
-AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)
+if __name__.startswith("transformers_modules."):
+    # A saved folder's code serves that folder and no other: once registered, it would be run for all of them. Only so
+    # that AutoTokenizer does not ask again whether to trust the code of a model that is open, a configuration is there
+    # that counts as one of transformers' own.
+    if "phi_engram" not in CONFIG_MAPPING:
+        names = {"model_type": "phi_engram", "__module__": PhiConfig.__module__}
+        AutoConfig.register("phi_engram", type("PhiEngramConfig", (PhiConfig,), names))
+else:
+    AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
+    AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
+    AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,22 +74,65 @@ def shared(tmp_path_factory, tokenizer):
     return model, folder, sharded
 
 
+# As above. Arguments: two folders whose code differs, and where to save the second again.
+TWO_CODES = """
+import importlib, json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+first, second, again = sys.argv[1:]
+ids = torch.tensor(IDS)
+code = lambda thing: importlib.import_module(type(thing).__module__).MARK
+marks, logits = [], []
+for folder in (first, second, first, second):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    stack = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    writer = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu").model
+    marks.append([code(thing) for thing in (model, stack, config, writer, model.config, model.model)])
+    logits.append(model(ids).logits[0, :, :64].tolist())
+model.save_pretrained(again)
+marks.append([code(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True))])
+print("RESULT" + json.dumps([marks, logits]))
+"""
+
+
+def alone(script, *arguments, cwd, home):
+    """What `script`, in which nothing of ours can be imported, prints after RESULT."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", f"IDS, PROMPT = {IDS!r}, {PROMPT!r}\n{script}", *arguments],
+        cwd=cwd, env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))[6:])
+
+
+@pytest.mark.parametrize("names", [("uno", "dos"), ("uno/modelo", "dos/modelo")])
+def test_two_folders_run_their_own_code_each(shared, tmp_path, names):
+    _, folder, _ = shared
+    changes = {"uno": ("", ""), "dos": ("logits = self.lm_head(", "logits = 2 * self.lm_head(")}
+    for name in names:
+        shutil.copytree(folder, tmp_path / name)
+        mark = name.split("/")[0]
+        code = CODE.read_text(encoding="utf-8").replace(*changes[mark])
+        (tmp_path / name / "phi1_engram.py").write_text(f"{code}\nMARK = {mark!r}\n", encoding="utf-8")
+    (tmp_path / "cwd").mkdir()
+    folders = [tmp_path / name for name in (*names, "otra")]
+    marks, logits = alone(TWO_CODES, *folders, cwd=tmp_path / "cwd", home=tmp_path / "home")
+    assert marks == [["uno"] * 6, ["dos"] * 6] * 2 + [["dos"]]
+    logits = torch.tensor(logits)
+    assert torch.equal(logits[1], 2 * logits[0]) and torch.equal(logits[2:], logits[:2])
+
+
 @pytest.fixture(scope="module")
 def elsewhere(shared, tmp_path_factory):
     """What a process finds that has nothing of ours but the folders."""
     _, folder, sharded = shared
     cwd = tmp_path_factory.mktemp("elsewhere")
     home = tmp_path_factory.mktemp("home")  # an empty cache: no tokenizer of microsoft/phi-1 either
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    script = f"IDS, PROMPT = {IDS!r}, {PROMPT!r}\n{ELSEWHERE}"
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", script, folder, sharded, cwd / "again"],
-        cwd=cwd, env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))
-    return {**json.loads(line[6:]), "folder": cwd / "again"}
+    return {**alone(ELSEWHERE, folder, sharded, cwd / "again", cwd=cwd, home=home), "folder": cwd / "again"}
 
 
 @torch.no_grad()
