@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sympy import nextprime
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -536,6 +540,53 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
             os.remove(temporary)
 
 
+def as_any_new_file(path: Path):
+    """Give a file the mode that the umask gives: safetensors makes files that their owner alone may read."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
+def index_tables(folder: Path, suffix: str, tables: dict[str, str]):
+    """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
+
+    A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
+    Files of an earlier save that the index does not name go.
+
+    Args:
+        suffix: of a variant, with its dot. tables: {tensor: file in `folder`}.
+    """
+    single, index_file = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
+    only = folder / f"model{suffix}-00001-of-00001.safetensors"
+    ours = re.compile(rf"model{re.escape(suffix)}-(\d{{5}}-of-\d{{5}}|engram-\d+)\.safetensors")
+    files = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
+
+    def size(path):
+        with open(path, "rb") as file:
+            return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+    if any("-of-" in path.name for path in files):  # those of an earlier save went when this one was made
+        single.unlink(missing_ok=True)
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    else:
+        with safe_open(single, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), only.name)}
+        os.replace(single, only)
+        files.append(only)
+        index["metadata"]["total_size"] = size(only)
+    index["weight_map"] |= tables
+    index["metadata"]["total_size"] += sum(size(folder / file) for file in tables.values())
+    temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, index_file)
+    for path in files:
+        if path.name not in index["weight_map"].values():
+            path.unlink()
+        else:
+            as_any_new_file(path)
+
+
 def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
     return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
@@ -624,6 +675,36 @@ class EngramTable(nn.Module):
         self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
         if self.stays and self.weight is not None:
             self.weight.data = self.weight.data.cpu()  # not pinned: rows are gathered into other memory, and that is
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Rows of any precision, into the precision of these. Rows on the disk that are to be others come to RAM."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is None:
+            if self.weight is not None and strict:
+                missing_keys.append(f"{prefix}weight")
+            return
+        expected = [self.n_rows, row_width(self.d_head, given.dtype)]
+        if list(given.shape) != expected or given.dtype not in SAFETENSORS.values():
+            kind = str(given.dtype).removeprefix("torch.")
+            errors.append(
+                f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
+                f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
+            )
+        elif self.weight is None:
+            step = max(1, CHUNK // self.file.row_bytes)
+            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
+            if not same:
+                self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
+                self.settle("ram")
+        elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
+            self.weight, self.file = nn.Parameter(given, requires_grad=given.is_floating_point()), None
+        else:
+            first = 0
+            with torch.no_grad():
+                for rows in given.split(max(1, CHUNK // (4 * self.d_head))):
+                    same = rows.dtype == self.weight.dtype
+                    self.weight[first : first + len(rows)] = rows if same else pack(unpack(rows), self.weight.dtype)
+                    first += len(rows)
 
     def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
         """All rows as stored in precision `dtype`, some at a time, on the CPU."""
@@ -1029,6 +1110,96 @@ def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTenso
     return places - origin
 
 
+def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
+
+    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        if flat.device.type == "meta":
+            return None
+        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
+    return digest.hexdigest()
+
+
+def free_ram() -> int:
+    """Bytes of RAM that this process could still take."""
+    return psutil.virtual_memory().available if psutil else 2**62
+
+
+def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
+    """Where the memory's rows go, and why (Spanish).
+
+    Args:
+        wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
+        to_move: bytes of the model that are yet to go to the GPU.
+    Raises:
+        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
+    """
+    if wanted not in PLACES:
+        raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
+    if wanted == "disco" and not on_file:
+        raise ValueError(
+            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
+            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
+        )
+    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
+    if wanted in ("gpu", "disco"):
+        return wanted, f"ocupa {giga}; así se ha pedido"
+    gpu = " no hay GPU;"
+    if wanted == "auto" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        if size + to_move < 0.8 * free:  # the rest is for what is computed
+            return "gpu", f"ocupa {giga} y cabe en la GPU"
+        gpu = " no cabe en la GPU;"
+    elif wanted == "ram":
+        gpu = ""
+    free = free_ram()
+    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
+    if size < 0.9 * free or not on_file:
+        return "ram", f"ocupa {giga};{gpu} {room}"
+    if wanted == "ram":
+        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
+    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
+
+
+def find_file(name, file: str, hub: dict) -> str | None:
+    """Path of a checkpoint's file, in a folder or on the Hub; None where it is not to be had."""
+    try:
+        return cached_file(name, file, **hub)
+    except OSError:
+        return None
+
+
+def weight_files(name, variant, hub: dict) -> tuple[str | None, dict[str, str]]:
+    """The one file of a checkpoint's dense weights, or {tensor: file} of its index, in transformers' own order."""
+    suffix = f".{variant}" if variant else ""
+    single = find_file(name, f"model{suffix}.safetensors", hub)
+    if single is None and (path := find_file(name, f"model.safetensors.index{suffix}.json", hub)) is not None:
+        return None, json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+    return single, {}
+
+
+def bad_table(name, variant, hub: dict) -> str | None:
+    """Which file of rows that the index names cannot be opened, in Spanish."""
+    for key, file in weight_files(name, variant, hub)[1].items():
+        if "engram_tables" in key:
+            path = find_file(name, file, hub)
+            if path is None:
+                return f"A «{name}» le falta el archivo de la memoria {file}. Vuelve a copiar el modelo entero."
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return f"El archivo de la memoria {path} no sirve: está a medias o su cabecera no se entiende."
+    return None
+
+
 class PhiEngramPreTrainedModel(PreTrainedModel):
     config_class = PhiEngramConfig
     config: PhiEngramConfig
@@ -1057,6 +1228,183 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+        """transformers' own, plus where the memory's rows live in this process.
+
+        Args:
+            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
+                needed), or "auto", the fastest that fits into what is free.
+        Raises:
+            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
+        """
+        if engram_storage not in PLACES:
+            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        empty = {} if name is None else {"empty_tables": True}
+        hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
+        source = name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs}
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        except (OSError, SafetensorError) as error:  # transformers opens all files that the index names
+            if bad := bad_table(*source):
+                raise EngramFileError(bad) from error
+            raise
+        if empty:
+            files = model._table_files(*source)
+            model._fill_tables(files, engram_storage)
+            absent = [model._table_key(i) for i in model.config.engram_layer_ids if i not in files]
+            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
+        elif engram_storage != "auto":
+            model.move_memory(engram_storage)
+        if model.can_generate() and model.generation_config.eos_token_id is None:  # as in Phi-1's published files
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        return (model, info) if output_loading_info else model
+
+    # ---- where the memory's rows live
+
+    @property
+    def n_values(self) -> int:
+        """Parameters, wherever they live; the rows' scales are not counted."""
+        tables = self.base_model.engram_tables.values()
+        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
+        return dense + sum(table.n_rows * table.d_head for table in tables)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that `save_pretrained` would write."""
+        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
+        return dense + sum(table.size(table.dtype) for table in self.base_model.engram_tables.values())
+
+    @property
+    def memory_place(self) -> str:
+        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
+        table = next(iter(self.base_model.engram_tables.values()))
+        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
+
+    def move_memory(self, place: str):
+        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
+
+        Raises:
+            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
+        """
+        tables = self.base_model.engram_tables
+        size = sum(table.size(table.dtype) for table in tables.values())
+        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
+        for layer_id, table in tables.items():
+            self._settle(table, layer_id, place)
+
+    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
+        on_gpu = self.device.type == "cuda"
+        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
+        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
+        return place
+
+    def _settle(self, table: EngramTable, layer_id, place: str):
+        table.settle(place)
+        if place == "gpu":
+            table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
+
+    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+
+        single, index = weight_files(name, variant, hub)
+        inside = ()
+        if single is not None:
+            with safe_open(single, "pt") as file:
+                inside = file.keys()
+        files = {}
+        for layer_id in self.config.engram_layer_ids:
+            table, key = self.base_model.engram_tables[str(layer_id)], f"engram_tables.{layer_id}.weight"
+            if key not in inside and key not in index:  # as `PhiEngramModel` alone writes it
+                key = f"model.{key}"
+            # Where neither names it, an earlier version wrote it beside them, under a name without variant.
+            file = single if key in inside else find_file(name, index.get(key, TABLE_FILE.format(layer_id)), hub)
+            if file is not None:
+                files[layer_id] = TableFile(file, key, table.n_rows, table.d_head, self._mate(layer_id))
+        return files
+
+    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
+        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
+        zeros for a layer without file."""
+        tables = {i: self.base_model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
+        kinds = {
+            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
+            for i in tables
+        }
+        size = sum(table.size(kinds[i]) for i, table in tables.items())
+        place = self._choose(wanted, size, len(files) == len(tables))
+        for layer_id, table in tables.items():
+            table.file = files.get(layer_id)
+            if table.file is None:
+                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+            elif place != "disco":
+                table.hold(kinds[layer_id])
+            self._settle(table, layer_id, place)
+
+    def _table_key(self, layer_id: int) -> str:
+        return f"{'' if self.base_model is self else 'model.'}engram_tables.{layer_id}.weight"
+
+    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
+        """Digest of the dense weights beside which a layer's rows were trained."""
+        state = self.state_dict() if state is None else state
+        state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+        start = f"model.layers.{layer_id}.engram."
+        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
+
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
+        engram_precision: str | None = None, **kwargs,
+    ):  # fmt: skip
+        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
+        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
+
+        Args:
+            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
+        Raises:
+            ValueError: no such precision.
+        """
+        if engram_precision not in (None, *PRECISIONS):
+            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        code = __name__.split(".")[-1]  # either class opens what the other one saved
+        classes = {"AutoModel": f"{code}.PhiEngramModel", "AutoModelForCausalLM": f"{code}.PhiEngramForCausalLM"}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
+        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
+        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        suffix, tables = f".{variant}" if variant else "", {}
+        if is_main_process and not adapter:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for layer_id in self.config.engram_layer_ids:
+                table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
+                if key in given:  # gathered by a trainer, perhaps
+                    table = EngramTable(table.n_rows, table.d_head, empty=True)
+                    table.weight = nn.Parameter(given[key], requires_grad=False)
+                dtype = PRECISIONS.get(engram_precision, table.dtype)
+                tables[key] = f"model{suffix}{TABLE_FILE.format(layer_id)[len('model'):]}"
+                write_table(
+                    Path(save_directory, tables[key]), key, table.chunks(dtype), dtype, table.n_rows, table.d_head,
+                    self._mate(layer_id, state),
+                )  # fmt: skip
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
+            **kwargs,
+        )  # fmt: skip
+        if tables:
+            index_tables(Path(save_directory), suffix, tables)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""
+        pushed = super().push_to_hub(repo_id, **kwargs)
+        hub, repo_id = HfApi(token=kwargs.get("token")), pushed.repo_url.repo_id
+        revision = pushed.pr_revision or kwargs.get("revision")
+        if hub.file_exists(repo_id, "model.safetensors", revision=revision):
+            hub.delete_file("model.safetensors", repo_id, revision=revision)
+        return pushed
+
 
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
@@ -1078,6 +1426,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # Tokens that the memory looks back on.
         self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
+        if empty_tables:  # transformers need not know of what is read apart
+            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
+        self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
@@ -1247,64 +1598,6 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
-
-    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().flatten()
-        if flat.device.type == "meta":
-            return None
-        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
-    return digest.hexdigest()
-
-
-def free_ram() -> int:
-    """Bytes of RAM that this process could still take."""
-    return psutil.virtual_memory().available if psutil else 2**62
-
-
-def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
-    """Where the memory's rows go, and why (Spanish).
-
-    Args:
-        wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
-        to_move: bytes of the model that are yet to go to the GPU.
-    Raises:
-        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
-    """
-    if wanted not in PLACES:
-        raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
-    if wanted == "gpu" and not torch.cuda.is_available():
-        raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
-    if wanted == "disco" and not on_file:
-        raise ValueError(
-            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
-            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
-        )
-    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
-    if wanted in ("gpu", "disco"):
-        return wanted, f"ocupa {giga}; así se ha pedido"
-    gpu = " no hay GPU;"
-    if wanted == "auto" and torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        if size + to_move < 0.8 * free:  # the rest is for what is computed
-            return "gpu", f"ocupa {giga} y cabe en la GPU"
-        gpu = " no cabe en la GPU;"
-    elif wanted == "ram":
-        gpu = ""
-    free = free_ram()
-    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
-    if size < 0.9 * free or not on_file:
-        return "ram", f"ocupa {giga};{gpu} {room}"
-    if wanted == "ram":
-        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
-    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
-
-
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
@@ -1321,166 +1614,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        if empty_tables:  # transformers need not know of what is read apart
-            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
-        self.memory_reason = ""  # why the rows are where they are, in Spanish
+        self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
+        self.memory_reason = ""
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
-        """transformers' own, plus where the memory's rows live in this process.
-
-        Args:
-            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
-                needed), or "auto", the fastest that fits into what is free.
-        Raises:
-            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
-        """
-        if engram_storage not in PLACES:
-            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
-        empty = {} if name is None else {"empty_tables": True}
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
-        if empty:
-            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
-            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
-            model._fill_tables(files, engram_storage)
-            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
-            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
-        elif engram_storage != "auto":
-            model.move_memory(engram_storage)
-        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
-            model.generation_config.eos_token_id = model.config.eos_token_id
-        return (model, info) if output_loading_info else model
-
-    # ---- where the memory's rows live
-
-    @property
-    def n_values(self) -> int:
-        """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.model.engram_tables.values()
-        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
-        return dense + sum(table.n_rows * table.d_head for table in tables)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all that `save_pretrained` would write."""
-        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
-
-    @property
-    def memory_place(self) -> str:
-        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
-        table = next(iter(self.model.engram_tables.values()))
-        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
-
-    def move_memory(self, place: str):
-        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
-
-        Raises:
-            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
-        """
-        tables = self.model.engram_tables
-        size = sum(table.size(table.dtype) for table in tables.values())
-        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
-        for layer_id, table in tables.items():
-            self._settle(table, layer_id, place)
-
-    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
-        on_gpu = self.device.type == "cuda"
-        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
-        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
-        return place
-
-    def _settle(self, table: EngramTable, layer_id, place: str):
-        table.settle(place)
-        if place == "gpu":
-            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
-
-    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
-
-        def find(file):
-            try:
-                return cached_file(name, file, **hub)
-            except OSError:
-                return None
-
-        suffix, files = f".{variant}" if variant else "", {}
-        single, index = find(f"model{suffix}.safetensors"), None
-        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
-            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        for layer_id in self.config.engram_layer_ids:
-            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
-            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
-            if path is None and index is not None:
-                path = find(index[key]) if key in index else None
-            elif path is None and single is not None:
-                with safe_open(single, "pt") as file:
-                    path = single if key in file.keys() else None
-            if path is not None:
-                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
-        return files
-
-    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
-        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
-        zeros for a layer without file."""
-        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
-        kinds = {
-            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
-            for i in tables
-        }
-        size = sum(table.size(kinds[i]) for i, table in tables.items())
-        place = self._choose(wanted, size, len(files) == len(tables))
-        for layer_id, table in tables.items():
-            table.file = files.get(layer_id)
-            if table.file is None:
-                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
-            elif place != "disco":
-                table.hold(kinds[layer_id])
-            self._settle(table, layer_id, place)
-
-    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
-        """Digest of the dense weights beside which a layer's rows were trained."""
-        start = f"model.layers.{layer_id}.engram."
-        state = self.state_dict() if state is None else state
-        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
-
-    def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
-        engram_precision: str | None = None, **kwargs,
-    ):  # fmt: skip
-        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
-
-        Args:
-            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
-        Raises:
-            ValueError: no such precision.
-        """
-        if engram_precision not in (None, *PRECISIONS):
-            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
-        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
-        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
-        if is_main_process and not adapter:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for layer_id in self.config.engram_layer_ids:
-                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
-                if key in given:  # gathered by a trainer, perhaps
-                    table = EngramTable(table.n_rows, table.d_head, empty=True)
-                    table.weight = nn.Parameter(given[key], requires_grad=False)
-                dtype = PRECISIONS.get(engram_precision, table.dtype)
-                write_table(
-                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
-                    table.d_head, self._mate(layer_id, state),
-                )  # fmt: skip
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
-            **kwargs,
-        )  # fmt: skip
-        if push_to_hub and is_main_process:
-            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
 
     # ---- memories that travel
 
@@ -1517,6 +1653,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         try:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
+            as_any_new_file(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -1636,6 +1773,16 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
 
 PhiEngramConfig.register_for_auto_class()
+PhiEngramModel.register_for_auto_class("AutoModel")
 PhiEngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
-AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)
+if __name__.startswith("transformers_modules."):
+    # A saved folder's code serves that folder and no other: once registered, it would be run for all of them. Only so
+    # that AutoTokenizer does not ask again whether to trust the code of a model that is open, a configuration is there
+    # that counts as one of transformers' own.
+    if "phi_engram" not in CONFIG_MAPPING:
+        names = {"model_type": "phi_engram", "__module__": PhiConfig.__module__}
+        AutoConfig.register("phi_engram", type("PhiEngramConfig", (PhiConfig,), names))
+else:
+    AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
+    AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
+    AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)
