@@ -4,33 +4,26 @@
     python tests/bench/card.py --parte velocidad tabla      # some; the file keeps what the others found before
     python tests/bench/card.py --chico                      # everything in small, without a card too: a minute
 
-Every part is a process of its own, so that one that dies costs no other its results. All that was measured goes to a
-JSON file, with versions and the card's name.
+All that was measured goes to a JSON file, with versions and the card's name. How parts run: parts.py.
 """
 
 import argparse
 import gc
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import psutil
 import torch
-import transformers
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +34,9 @@ import engram.texts as texts
 import verify_phi_engram
 from bench import kills, speed
 from bench import plan as training
+from bench.parts import PATIENCE, Part, conclude, earlier, inside, launcher, run, write
 from engram.checks import check_versions
-from engram.console import SpanishParser, UserError, gigabytes, out_of_memory, peak_memory, run_script, spanish
+from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
 from engram.counting import account
 from engram.plan import MACHINES, T4, allowed_ram, command, from_args, matmul_flops, search
 from phi1_engram import PRECISIONS, PhiEngramConfig, PhiEngramForCausalLM
@@ -51,77 +45,13 @@ from train_phi_engram import parse
 PAPER = 2.8  # per cent of throughput that a table of 100B parameters in host memory costs (paper, Table 4)
 SLOWEST = 1.5  # times plain Phi's or the silent memory's seconds; beyond that something waits that should not
 AT_ONCE = 100e9  # bytes: a table larger than that takes too long to fill
-PATIENCE = 20 * 60  # seconds after which a part, or a training in it, is taken for hung
 COMPILING = 4 * 60  # seconds of compiling after which no further variant is begun
 TINY = dict(speed.SMALL, vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, eos_token_id=0)
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "triton", "bitsandbytes")
-
-
-class Part:
-    """What a part has found so far, in its file after every line: one that is killed leaves what it had."""
-
-    def __init__(self, path, small: bool, work: Path):
-        self.path, self.small, self.work, self.card = Path(path), small, work, torch.cuda.is_available()
-        self.device = torch.device("cuda", 0) if self.card else torch.device("cpu")
-        self.places = ("gpu", "ram", "disco") if self.card else ("ram", "disco")
-        self.found = dict(maquina=machine(), medidas={}, comprobaciones=[])
-        self.keep()
-
-    def keep(self):
-        write(self.path, self.found)
-
-    def measure(self, name: str, value, text: str = ""):
-        self.found["medidas"][name] = value
-        if text:
-            print(f"   {name}: {text}", flush=True)
-        self.keep()
-
-    def check(self, text: str, good):
-        self.found["comprobaciones"].append([text, bool(good)])
-        print(f"   {'✅' if good else '❌'} {text}", flush=True)
-        self.keep()
-
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.card else 0
-
-
-def write(path, found: dict):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def machine() -> dict:
-    """Card, driver, versions, memory and disk, as they are now."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    facts = dict(
-        tarjeta=None, python=platform.python_version(), sistema=platform.platform(), nucleos=os.cpu_count(),
-        versiones=versions, cuda=torch.version.cuda, ram=psutil.virtual_memory().total, ram_disponible=allowed_ram(),
-        disco_libre=shutil.disk_usage(tempfile.gettempdir()).free,
-    )  # fmt: skip
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        free, total = torch.cuda.mem_get_info()
-        facts |= dict(tarjeta=card.name, capacidad=[card.major, card.minor], gpu=total, gpu_libre=free)
-        try:
-            words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            facts["controlador"] = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            facts["controlador"] = None
-    return facts
-
-
-# ---------- The parts ----------
 
 
 def this_machine(part: Part):
     facts = part.found["maquina"]
-    card = f"{facts['tarjeta']}, capacidad {facts['capacidad']}, {gigabytes(facts['gpu'])}" if part.card else "ninguna"
+    card = f"{facts['tarjeta']}, capacidad {facts['capacidad']}, {gigabytes(facts['gpu'])}" if part.card else "no hay"
     print(f"   Tarjeta: {card}. RAM: {gigabytes(facts['ram'])}; libre en disco: {gigabytes(facts['disco_libre'])}")
     part.check("las bibliotecas son las que pide requirements.txt", check_versions()[0] == 0)
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -139,8 +69,8 @@ def this_machine(part: Part):
 
 
 @torch.no_grad()
-def answers(folder, place: str, dtype, device) -> dict:
-    """What a checkpoint opened in one place answers: logits of a padded batch, with and without memory, and tokens."""
+def answers(folder, place: str, dtype, device) -> tuple[dict, list[str]]:
+    """What a checkpoint opened in one place answers to a padded batch, and what is wrong with that by itself."""
     model = PhiEngramForCausalLM.from_pretrained(folder, engram_storage=place, dtype=dtype).eval().to(device)
     ids = torch.randint(1, model.config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
@@ -153,13 +83,16 @@ def answers(folder, place: str, dtype, device) -> dict:
     greedy = dict(attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
     found["tokens"] = model.generate(ids, **greedy)
     found["tokens de 3 haces"] = model.generate(ids, num_beams=3, **greedy)
-    assert model.memory_place == place, f"la memoria está en {model.memory_place} y se pidió {place}"
+    wrong = ["las filas están en otro sitio"] * (model.memory_place != place)
+    wrong += ["dos veces no da lo mismo"] * (not torch.equal(found["logits"], found["logits otra vez"]))
+    wrong += ["no son números"] * (not found["logits"].isfinite().all())
     model.model.use_memory = False
-    return found, logits()
+    wrong += ["la memoria no hace nada"] * torch.equal(found["logits"], logits())
+    return found, wrong
 
 
 def places(part: Part):
-    """The same bits wherever the rows are, in every precision of rows and model."""
+    """The same bits wherever the rows are, in every precision of rows and model, as in the first place."""
     part.check("python verify_phi_engram.py", verify_phi_engram.main([]) == 0)
     rows = 500 if part.small else 64_000
     _, ours = speed.pair(TINY, [1, 2]) if part.small else speed.pair(speed.SMALL, [1, 4])
@@ -169,14 +102,12 @@ def places(part: Part):
         for dtype in (torch.float32, torch.float16):
             first = None
             for place in part.places:
-                found, silent = answers(part.work / precision, place, dtype, part.device)
+                found, wrong = answers(part.work / precision, place, dtype, part.device)
                 first = first or found
-                unlike = [name for name, value in found.items() if not torch.equal(value, first[name])]
-                unlike += ["dos veces lo mismo"] * (not torch.equal(found["logits"], found["logits otra vez"]))
-                unlike += ["sin números"] * (not found["logits"].isfinite().all())
-                unlike += ["la memoria no hace nada"] * torch.equal(found["logits"], silent)
-                text = f"filas {precision}, modelo {str(dtype)[6:]}: {place} = {part.places[0]}"
-                part.check(text + (f" (falla: {', '.join(unlike)})" if unlike else ""), not unlike)
+                wrong += [f"otros {name}" for name, value in found.items() if not torch.equal(value, first[name])]
+                text = f"filas {precision}, modelo {str(dtype)[6:]}, en {place}"
+                text += f": {', '.join(wrong)}" if wrong else ": responde lo mismo"
+                part.check(text, not wrong)
         shutil.rmtree(part.work / precision)
 
 
@@ -217,6 +148,10 @@ def speeds(part: Part):
         if part.card:  # in blocks of 2 MB
             there = size * (place == "gpu")
             part.check(f"con {place}, la tarjeta guarda {gigabytes(there)} de tablas", abs(taken - there) < 2e7)
+    ids = torch.randint(plain.config.vocab_size, (1, length), device=part.device)
+    with torch.no_grad():
+        same = torch.equal(plain(ids).logits, models["memoria apagada"]()(ids).logits)
+    part.check("con la memoria apagada, los logits de Phi bit a bit", same)
     part.measure("memoria de la tarjeta, en total", part.allocated(), gigabytes(part.allocated()))
     measured = {
         f"prefill 1×{length}": speed.compare(speed.prefill, models, times, 1, length),
@@ -243,14 +178,19 @@ def big_table(part: Part):
     shape, layers = (TINY, [1, 2]) if part.small else (speed.PHI_1, [1, 15])
     _, ours = speed.pair(shape, layers, part.device, torch.float16 if part.card else torch.float32)
     free = allowed_ram() - psutil.Process().memory_info().rss
-    wanted = 1e7 if part.small else min(AT_ONCE, free - max(2e9, 0.2 * free))
+    wanted = 4e7 if part.small else min(AT_ONCE, free - max(2e9, 0.2 * free))
     heads = len(layers) * 2 * speed.MEMORY["n_head_per_ngram"]
     before = part.allocated()
     big = speed.Variant(ours, None, int(wanted / heads / speed.D_HEAD / ours.dtype.itemsize), "ram")
     size = sum(table.size(table.dtype) for table in big.tables.values())
     part.measure("tabla en RAM", size, f"{gigabytes(size)}; quedan libres {gigabytes(allowed_ram())} con este proceso")
-    part.check("la tabla llena la RAM que se pedía", abs(size - wanted) < 0.05 * wanted)
     part.check("de la tabla no hay nada en la tarjeta", part.allocated() - before < 2e7)
+    for layer_id, table in big.tables.items():
+        ids = torch.randint(table.n_rows, (1, 512, 16))
+        right = table.weight[: speed.BLOCK][ids % speed.BLOCK]  # it repeats
+        with torch.no_grad():
+            same = torch.equal(table(ids.to(part.device)).cpu(), right)
+        part.check(f"se leen las filas que son, de la primera a la última (capa {layer_id})", same)
     times, length = (3, 64) if part.small else (15, 512)
     measured, models = {}, {"memoria apagada": speed.turned_off(ours), "tabla": big}
     for batch in (1, 8):
@@ -270,13 +210,12 @@ def as_a_t4():
     if total > 1.05 * T4["gpu"]:
         torch.cuda.set_per_process_memory_fraction(share / total)
         print(f"   La tarjeta tiene más que una T4: se usan {gigabytes(share)}.")
-    if torch.cuda.get_device_capability() > (7, 5):
-        torch.cuda.get_device_capability = lambda *_: (7, 5)
+    torch.cuda.get_device_capability = lambda *_: (7, 5)
 
 
-def proposed(config, phase: int):
+def proposed(config, phase: int, *more):
     """The command that `--plan colab` proposes for one phase, and what that command asks for."""
-    _, choice, colab, given = from_args(parse(["--plan", "colab", f"--pasos-fase{3 - phase}", "0"]))
+    _, choice, colab, given = from_args(parse(["--plan", "colab", f"--pasos-fase{3 - phase}", "0", *more]))
     found = search(config, choice, colab)
     if found is None:
         raise UserError(f"--plan colab no propone nada para la fase {phase}.")
@@ -291,15 +230,17 @@ def train(part: Part):
     if part.card:
         as_a_t4()
     for phase in (1, 2):
-        line, choice = proposed(config, phase)
+        line, choice = proposed(config, phase, *["--longitud", "64", "--acumular", "2"] * part.small)
         print(f"   Fase {phase}: {line}", flush=True)
         gc.collect()
         if part.card:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory begins anew
-        ran = training.train(fields, choice, phase, 2 if part.small else 6)
-        ran |= dict(orden=line, ram=peak_memory(), tokens_por_segundo=choice.tokens * choice.accumulate / ran["seconds"])
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory begins anew
+        ran = training.train(fields, choice, phase, 3 if part.small else 6)
+        speed_of_it = choice.tokens * choice.accumulate / ran["seconds"]
+        ran |= dict(orden=line, ram=peak_memory(), tokens_por_segundo=speed_of_it)
         needs = {place: sum(items.values()) for place, items in account(config, choice, colab, phase).items()}
         ran |= dict(plan_gpu=needs["GPU"] - colab.base_gpu, plan_ram=needs["RAM"])
         if part.card:
@@ -310,11 +251,11 @@ def train(part: Part):
             + ", ".join(spanish(loss, 3) for loss in ran["losses"])
         )
         part.check(f"fase {phase}: las pérdidas son números", all(map(math.isfinite, ran["losses"])))
-        text = f"RAM {gigabytes(ran['ram'])}; el plan, {gigabytes(ran['plan_ram'])}"
+        text = f"RAM, {gigabytes(ran['ram'])}; el plan, {gigabytes(ran['plan_ram'])}"
         part.check(f"fase {phase}: {text}", ran["ram"] <= ran["plan_ram"])
         if part.card:
-            text = f"tarjeta {gigabytes(ran['asignada'])} ({gigabytes(ran['reservada'])} reservados)"
-            text += f"; el plan, {gigabytes(ran['plan_gpu'])} y hasta un 5 % más"
+            text = f"tarjeta, {gigabytes(ran['asignada'])} ({gigabytes(ran['reservada'])} reservados)"
+            text += f"; el plan, {gigabytes(ran['plan_gpu'])}, y se admite un 5 % más"
             # Work areas of cuBLAS are some tens of megabytes whatever the model.
             part.check(f"fase {phase}: {text}", ran["asignada"] <= 1.05 * ran["plan_gpu"] + 1e8)
             part.check(f"fase {phase}: la escala de la pérdida no se hunde", ran["scale"] >= 1)
@@ -340,9 +281,13 @@ def demo(part: Part):
 
 def apart(one: Path, other: Path) -> float:
     """Mean absolute difference of all weights of two trained models."""
-    a, b = ({k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()} for folder in (one, other))
-    assert a.keys() == b.keys()
-    return sum((a[k].double() - b[k].double()).abs().sum().item() for k in a) / sum(v.numel() for v in a.values())
+    total = count = 0
+    for file in one.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(other / file.name)
+        for name, tensor in ours.items():
+            total += (tensor.double() - theirs[name].double()).abs().sum().item()
+            count += tensor.numel()
+    return total / count
 
 
 def resume(part: Part):
@@ -394,99 +339,13 @@ PARTS = {  # name: function, what it does
 }
 
 
-# ---------- One process for each ----------
-
-
-def launcher() -> list[str]:
-    """What started this script: Python, with its options."""
-    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)]
-
-
-def inside(name: str, path: str, small: bool) -> int:
-    """Run one part here. Whatever stops it is one Spanish sentence in its file, beside the traceback."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory(prefix="phi1-engram-", ignore_cleanup_errors=True) as work:
-        part = Part(path, small, Path(work))
-        try:
-            PARTS[name][0](part)
-        except Exception as error:
-            part.found["traza"] = traceback.format_exc()
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            if out_of_memory(error):
-                part.check(f"se agotó la memoria ({first})", False)
-            else:
-                part.check(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}", False)
-    return 0
-
-
-def run(name: str, small: bool) -> dict:
-    """Run one part in a process of its own and return what it found."""
-    print(f"\n{name}: {PARTS[name][1]}", flush=True)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="phi1-engram-") as folder:
-        path = Path(folder, "parte.json")
-        words = [*launcher(), __file__, "--dentro", name, "--salida", str(path), *["--chico"] * small]
-        process = subprocess.Popen(words)
-        try:
-            code, why = process.wait(PATIENCE), "murió"
-        except subprocess.TimeoutExpired:
-            code, why = None, f"no acabó en {PATIENCE // 60} minutos"
-        finally:
-            process.kill()
-            process.wait()
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(medidas={}, comprobaciones=[])
-    if code == -signal.SIGKILL:
-        why = "la mató el sistema: casi siempre, porque se acabó la RAM"
-    elif code:
-        why = f"murió con estado {code}"
-    if code != 0:
-        found["comprobaciones"].append([why, False])
-        print(f"   ❌ {why}", flush=True)
-    found["segundos"] = time.perf_counter() - start
-    found["bien"] = all(good for _, good in found["comprobaciones"])
-    return found
-
-
-def conclude(results: dict, path) -> bool:
-    """Print the table and the last line."""
-    parts = {name: results["partes"][name] for name in PARTS if name in results["partes"]}
-    print("\n| parte | | segundos | comprobado | lo primero que falla |\n| --- | --- | --- | --- | --- |")
-    broken = []
-    for name, found in parts.items():
-        checks, failed = found["comprobaciones"], [text for text, good in found["comprobaciones"] if not good]
-        broken += [f"{name}: {text}" for text in failed]
-        mark, first = "✅" if found["bien"] else "❌", failed[0] if failed else ""
-        print(f"| {name} | {mark} | {spanish(found['segundos'])} | {len(checks) - len(failed)}/{len(checks)} | {first} |")
-    missing = [name for name in PARTS if name not in parts]
-    card = next((found["maquina"]["tarjeta"] for found in parts.values() if "maquina" in found), None)
-    where = f"en {card}" if card else "en la CPU, que de una tarjeta no dice nada"
-    where += ", en pequeño" if results["chico"] else ""
-    print(f"\nTodo lo medido está en {path}." + (f" Faltan partes: {', '.join(missing)}." if missing else ""))
-    print(f"❌ Falla {where}: {broken[0]}" if broken else f"✅ Se cumple todo lo comprobado {where}.")
-    return not broken
-
-
-def earlier(path: Path, small: bool) -> dict:
-    """What earlier runs of other parts left in the file."""
-    new = dict(chico=small, partes={})
-    if not path.exists():
-        return new
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        return dict(new, partes=old["partes"] if old["chico"] == small else {})
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--salida {path}: ahí hay otro archivo, y no lo voy a pisar. Elige otro nombre.") from None
-
-
 def main(argv=None) -> int:
     parser = SpanishParser(
-        description="Comprueba y mide en esta tarjeta que Phi-1 con memoria Engram funciona, y deja los resultados en un "
-        "archivo para enviarlo.\n\n" + "\n".join(f"  {name:10} {what}" for name, (_, what) in PARTS.items()),
+        description="Comprueba y mide en esta tarjeta que Phi-1 con memoria Engram funciona, y deja los resultados\n"
+        "en un archivo. Las partes:\n\n" + "\n".join(f"  {name:10} {what}" for name, (_, what) in PARTS.items()),
         epilog="Ejemplo: python tests/bench/card.py --parte maquina lugares",
     )
-    parser.add_argument("--parte", nargs="+", choices=PARTS, metavar="NOMBRE", help="solo estas partes, de las de arriba")
+    parser.add_argument("--parte", nargs="+", choices=PARTS, metavar="NOMBRE", help="solo estas (por defecto, todas)")
     parser.add_argument("--chico", action="store_true", help="todo en pequeño, también sin tarjeta: cosa de un minuto")
     parser.add_argument(
         "--salida", default="resultado-tarjeta.json", metavar="ARCHIVO", help="los resultados (%(default)s)"
@@ -494,20 +353,22 @@ def main(argv=None) -> int:
     parser.add_argument("--dentro", choices=PARTS, help=argparse.SUPPRESS)  # one part, in this process
     args = parser.parse_args(argv)
     if args.dentro:
-        return inside(args.dentro, args.salida, args.chico)
+        return inside(PARTS[args.dentro][0], args.salida, args.chico)
     if not torch.cuda.is_available() and not args.chico:
         raise UserError(
             "Aquí no hay ninguna tarjeta (en Colab: Entorno de ejecución → Cambiar tipo de entorno de ejecución → T4 "
-            "GPU). Lo que se puede probar sin ella es la forma pequeña: python tests/bench/card.py --chico"
+            "GPU). La forma que corre sin ella es la pequeña: python tests/bench/card.py --chico"
         )
-    results = earlier(Path(args.salida), args.chico)
-    if not args.parte:
-        results["partes"] = {}
-    for name in PARTS:
+    found = earlier(Path(args.salida), args.chico)  # refuses another file even where all begins anew
+    found = found if args.parte else {}
+    for name, (_, what) in PARTS.items():
         if name in (args.parte or PARTS):
-            results["partes"][name] = run(name, args.chico)
-            write(args.salida, dict(results, fecha=time.strftime("%Y-%m-%d %H:%M")))
-    return not conclude(results, args.salida)
+            print(f"\n{name}: {what}", flush=True)
+            found[name] = run(__file__, name, args.chico)
+            write(args.salida, dict(chico=args.chico, fecha=time.strftime("%Y-%m-%d %H:%M"), partes=found))
+    good = conclude({name: found[name] for name in PARTS if name in found}, PARTS, args.chico)
+    print(f"Todo lo medido está en {args.salida}.")
+    return not good
 
 
 if __name__ == "__main__":
