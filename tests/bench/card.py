@@ -2,7 +2,7 @@
 
     python tests/bench/card.py                              # every part, one after the other
     python tests/bench/card.py --parte velocidad tabla      # some; the file keeps what the others found before
-    python tests/bench/card.py --chico                      # everything in small, without a card too: a minute
+    python tests/bench/card.py --chico                      # everything in small, without a card too
 
 All that was measured goes to a JSON file, with versions and the card's name. How parts run: parts.py.
 """
@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -272,8 +273,9 @@ def demo(part: Part):
             for module in (demos, corpora):
                 small.enter_context(patch.object(module, "text_files", lambda *_: files))
             small.enter_context(patch.dict(demos.DEMO_SHAPE, vocab_size=600, hidden_size=64))
+        said = small.enter_context(redirect_stdout(StringIO()))  # so few steps prove nothing of what it says
         results = demos.demo(part.work / "phi1-engram-demo", recipe=recipe, base_steps=base_steps)
-    part.measure("filas", results)
+    part.measure("la demostración", dict(filas=results, texto=said.getvalue()))
     part.check("las pérdidas son números", all(math.isfinite(row["loss"]) for row in results))
     before, after = results[0]["loss"], results[-1]["loss"]
     part.check(f"aprende: de {spanish(before, 3)} a {spanish(after, 3)} en texto apartado", after < before)
@@ -346,7 +348,7 @@ def main(argv=None) -> int:
         epilog="Ejemplo: python tests/bench/card.py --parte maquina lugares",
     )
     parser.add_argument("--parte", nargs="+", choices=PARTS, metavar="NOMBRE", help="solo estas (por defecto, todas)")
-    parser.add_argument("--chico", action="store_true", help="todo en pequeño, también sin tarjeta: cosa de un minuto")
+    parser.add_argument("--chico", action="store_true", help="todo en pequeño, también sin tarjeta: minuto y medio")
     parser.add_argument(
         "--salida", default="resultado-tarjeta.json", metavar="ARCHIVO", help="los resultados (%(default)s)"
     )

@@ -137,18 +137,21 @@ def run(script: str, name: str, small: bool) -> dict:
 
 
 def earlier(path: Path, small: bool) -> dict:
-    """{part: what it found} of the earlier runs that are in the file.
+    """{part: what it found} of the earlier runs that are in the file; the small form's count for nothing.
 
     Raises:
-        UserError: the file is something else.
+        UserError: the file is something else, or worth more than what is to be written.
     """
     if not path.exists():
         return {}
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        return old["partes"] if old["chico"] == small else {}
+        found, of_small = old["partes"], old["chico"]
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"--salida {path}: ahí hay otra cosa, y no la voy a pisar. Elige otro nombre.") from None
+    if small and not of_small:
+        raise UserError(f"--salida {path}: ahí está lo que midió una tarjeta. Con --chico, elige otro nombre.")
+    return found if small == of_small else {}
 
 
 def conclude(parts: dict, expected, small: bool) -> bool:
