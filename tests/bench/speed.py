@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import DynamicCache, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, gigabytes, run_script, spanish
@@ -81,7 +81,7 @@ def pair(shape: dict, layers: list[int], device="cpu", dtype=torch.float32):
     """Plain Phi, and Phi with a memory that has no rows yet, on the very same weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        plain = PhiForCausalLM(PhiConfig(**shape)).to(dtype).eval()
+        plain = AutoModelForCausalLM.from_config(PhiConfig(**shape), dtype=dtype).eval()
     with torch.device("meta"):  # no second copy
         ours = PhiEngramForCausalLM(config(shape, layers, ROWS), empty_tables=True).eval()
     for layer_id in layers:
