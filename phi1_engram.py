@@ -686,10 +686,13 @@ class EngramTable(nn.Module):
                 f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
                 f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
             )
+        elif self.weight is None and self.read is not None:
+            errors.append(f"Las filas de {prefix}weight se están entrenando: cárgalas antes de empezar o al acabar.")
         elif self.weight is None:
-            step = max(1, CHUNK // self.file.row_bytes)
-            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
-            if not same:
+            file = self.file
+            step = max(1, CHUNK // (row_width(self.d_head, given.dtype) * given.dtype.itemsize))
+            same = file is not None and file.dtype == given.dtype
+            if not (same and all(map(torch.equal, given.cpu().split(step), file.chunks()))):
                 self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
                 self.settle("ram")
         elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
@@ -1322,7 +1325,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         Args:
             engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
         Raises:
-            ValueError: no such precision.
+            ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
@@ -1342,6 +1345,12 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         suffix, tables = f".{variant}" if variant else "", {}
         if is_main_process and not adapter:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for stale in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+                if Path(save_directory, stale).exists():
+                    raise ValueError(
+                        f"En {save_directory} hay {stale}, que otros programas leerían en lugar de lo que se guarda: "
+                        "bórralo o elige otra carpeta."
+                    )
             for layer_id in self.config.engram_layer_ids:
                 table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
