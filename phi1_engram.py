@@ -690,10 +690,13 @@ class EngramTable(nn.Module):
                 f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
                 f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
             )
+        elif self.weight is None and self.read is not None:
+            errors.append(f"Las filas de {prefix}weight se están entrenando: cárgalas antes de empezar o al acabar.")
         elif self.weight is None:
-            step = max(1, CHUNK // self.file.row_bytes)
-            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
-            if not same:
+            file = self.file
+            step = max(1, CHUNK // (row_width(self.d_head, given.dtype) * given.dtype.itemsize))
+            same = file is not None and file.dtype == given.dtype
+            if not (same and all(map(torch.equal, given.cpu().split(step), file.chunks()))):
                 self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
                 self.settle("ram")
         elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
@@ -1168,6 +1171,38 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
 
 
+def in_use(module: nn.Module) -> nn.Module:
+    """The module itself, or the copy of it that peft's `modules_to_save` has put in its place."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    active = [name for name in module.active_adapters if name in copies]
+    return copies[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def without_adapters(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The live `state_dict` that a module would have without what peft has put around its parts.
+
+    Where `modules_to_save` has made a copy of a part of the memory, that is the memory; of Phi it is what was there.
+    Raises:
+        ValueError: an adapter changes the memory's own matrices.
+    """
+    if hasattr(module, "original_module"):
+        module = in_use(module) if "engram" in prefix else module.original_module
+    elif hasattr(module, "base_layer"):
+        if "engram" in prefix:
+            raise ValueError(
+                f"Un adaptador de peft cambia la memoria ({prefix[:-1]}) y no viajaría con ella. Fúndelo antes, con "
+                "merge_and_unload(), o deja key_proj y value_proj fuera de target_modules."
+            )
+        module = module.base_layer
+    parts = dict(module.named_children())
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items() if key.split(".")[0] not in parts}
+    for name, part in parts.items():
+        state |= without_adapters(part, f"{prefix}{name}.")
+    return state
+
+
 def find_file(name, file: str, hub: dict) -> str | None:
     """Path of a checkpoint's file, in a folder or on the Hub; None where it is not to be had."""
     try:
@@ -1361,7 +1396,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         Args:
             engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
         Raises:
-            ValueError: no such precision.
+            ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
@@ -1373,9 +1408,20 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
         repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        if not adapter and any(re.search(r"\.(base_layer|original_module)\.", name) for name in state):
+            raise ValueError(
+                "Este modelo lleva un adaptador de peft, y así no se abriría lo guardado. Guarda el adaptador, con el "
+                "save_pretrained del PeftModel, o fúndelo antes: peft_model.merge_and_unload().save_pretrained(…)"
+            )
         suffix, tables = f".{variant}" if variant else "", {}
         if is_main_process and not adapter:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for stale in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+                if Path(save_directory, stale).exists():
+                    raise ValueError(
+                        f"En {save_directory} hay {stale}, que otros programas leerían en lugar de lo que se guarda: "
+                        "bórralo o elige otra carpeta."
+                    )
             for layer_id in self.config.engram_layer_ids:
                 table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
@@ -1621,14 +1667,15 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     # ---- memories that travel
 
     def fingerprints(self) -> dict[str, str]:
-        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision."""
+        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision, with and without
+        adapters of peft."""
         config, ids = self.config, self.model.engram_hash
         layout = (
             config.engram_layer_ids, config.max_ngram_size, config.n_embed_per_ngram, config.n_head_per_ngram,
             config.engram_kernel_size, config.engram_pad_id, config.engram_bias, config.hidden_size,
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
-        backbone = {name: tensor for name, tensor in self.state_dict().items() if "engram" not in name}
+        backbone = {name: tensor for name, tensor in without_adapters(self).items() if "engram" not in name}
         return {
             "projection": hashlib.sha256(ids.token_map.cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
@@ -1638,7 +1685,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     def save_memory(self, folder):
         """Save what phase 1 trains, and nothing of Phi: rows that are not zero, with their indices, and the dense
         Engram weights, as one safetensors file in `folder`. Its size follows the rows trained, not the table."""
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if ".engram." in name}
+        tensors = {name: tensor for name, tensor in without_adapters(self).items() if ".engram." in name}
         for layer_id, table in self.model.engram_tables.items():
             first, ids, rows = 0, [], []
             for chunk in table.chunks(table.dtype):
@@ -1677,7 +1724,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         ):
             if made_for.get(kind) != own[kind]:
                 raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
-        state, place = self.state_dict(), self.memory_place
+        state, place = without_adapters(self), self.memory_place
         for key, tensor in tensors.items():
             if ".engram." in key:
                 state[key].copy_(tensor)
@@ -1689,8 +1736,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def remove_memory(self):
         """Forget everything: an untrained memory, that is plain Phi to the last bit."""
+        without_adapters(self)  # or an error
         for layer_id, table in self.model.engram_tables.items():
-            for module in self.model.layers[int(layer_id)].engram.modules():
+            for module in in_use(self.model.layers[int(layer_id)].engram).modules():
                 for parameter in module.parameters(recurse=False):
                     parameter.zero_() if parameter.ndim != 2 else parameter.normal_(0, self.config.initializer_range)
                 if isinstance(module, EngramRMSNorm):
@@ -1699,6 +1747,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
         """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
+        table = in_use(table)
         device = table.weight.device if table.weight is not None else "cpu"
         table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
         table.settle("ram" if place == "disco" else place)

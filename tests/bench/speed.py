@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, gigabytes, run_script, spanish
@@ -117,9 +117,10 @@ def with_rows(ours, rows: int) -> PhiEngramConfig:
 def write_backbone(ours, folder, rows: int):
     """The rest of the checkpoint whose tables lie in `folder`."""
     other = PhiEngramForCausalLM(with_rows(ours, rows), empty_tables=True)
-    state = {name: tensor for name, tensor in ours.state_dict().items() if "engram_hash" not in name}
+    unlike = "engram_hash", "engram_tables"
+    state = {name: tensor for name, tensor in ours.state_dict().items() if not any(part in name for part in unlike)}
     other.load_state_dict(state, strict=False)
-    super(PhiEngramForCausalLM, other).save_pretrained(folder)
+    PreTrainedModel.save_pretrained(other, folder)
 
 
 def filled(n_rows: int, dtype: torch.dtype) -> torch.nn.Parameter:
