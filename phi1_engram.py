@@ -1079,19 +1079,26 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _reading(self) -> list[int]:
+        """Engram layers below `config.num_hidden_layers`, which transformers lowers while a draft exits early."""
+        return [i for i in self.config.engram_layer_ids if i < self.config.num_hidden_layers]
+
     def _head_indices(self, input_ids, real, cache, reach=None):
         """int64 [L, B, T, H]; the last N-1 ids come from the cache, and stay in it for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
         length = self.config.max_ngram_size - 1
+        history = None
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
-        for layer_id in self.config.engram_layer_ids:
+        for layer_id in self._reading():
             # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
             # reorders all states of a cache layer on one device.
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
             history = with_history(ids, length, cache, layer_id, state_idx=1)
+        if history is None:
+            history = F.pad(stored, (length, 0))
         return self.engram_hash(history.to(stored.device), reach)
 
     @torch.no_grad()
@@ -1127,12 +1134,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             return DynamicCache(config=config)
         if cache is not None and (
             len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+            or not all(hasattr(cache.layers[i], "conv_states") for i in self._reading())
         ):
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
             )
+        if cache is not None and config.num_hidden_layers < len(self.layers):
+            del cache.layers[config.num_hidden_layers :]  # a draft's: layers that stay empty cannot be cut back
         return cache
 
     def _check_writable(self):
@@ -1217,14 +1226,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         if given_positions is not None:
             reach = text_reach(given_positions, real, past_length, self.longest)
         indices = self._head_indices(input_ids, real, cache, reach) + self.engram_hash.offsets[:, None, None]
-        indices = dict(zip(config.engram_layer_ids, indices))
+        indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden, all_weights = [], []
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(range(config.num_hidden_layers), self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
@@ -1607,6 +1616,51 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """transformers' own; refuses, before anything changes, what would answer wrongly or leave the model broken.
+
+        Raises:
+            ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
+        """
+
+        def option(name):
+            value = kwargs.get(name)
+            given = getattr(generation_config, name, None) if value is None else value
+            return getattr(self.generation_config, name, None) if given is None else given
+
+        if option("cache_implementation") == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" no puede guardar el estado de la memoria Engram. Quítala, o usa '
+                '"static" o "offloaded".'
+            )
+        depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
+        if early is not None and not 1 <= early <= depth:
+            raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
+        self._check_padding(kwargs.get("input_ids") if inputs is None else inputs, kwargs, option)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = depth  # lowered still, where a draft that exits early was interrupted
+
+    def _check_padding(self, ids, kwargs, option):
+        mask, pad, eos = kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id")
+        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
+            eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
+            # So transformers tells padding where no mask is given.
+            mask = None if pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "Hay filas rellenadas por la derecha: se generaría detrás del relleno, y no detrás del texto. Rellena "
+                'por la izquierda: tokenizer.padding_side = "left".'
+            )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the paged cache of continuous batching has no place for the memory's state."""
+        raise ValueError(
+            "La generación por lotes continuos (generate_batch, cache_implementation=\"paged\") no puede guardar el "
+            "estado de la memoria Engram. Usa model.generate con las filas rellenadas por la izquierda."
+        )
 
     @staticmethod
     def create_masks_for_generate(
