@@ -346,6 +346,15 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
+    def resize(self, n_tokens: int):
+        """Follow a vocabulary that grew or shrank: new tokens get canonical ids of their own, after the last.
+
+        The multipliers depend on how many there were, and stay: every n-gram keeps its rows.
+        """
+        known = self.token_map[:n_tokens]
+        new = torch.arange(n_tokens - len(known), device=known.device) + self.token_map.max() + 1
+        self.token_map = torch.cat((known, new))
+
     def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
@@ -1055,6 +1064,23 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """transformers' own, and the memory's vocabulary projection with it.
+
+        Raises:
+            ValueError: the token that stands for "before the start" would be lost.
+        """
+        size, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        if -(-size // multiple) * multiple <= self.config.engram_pad_id:
+            raise ValueError(
+                f"Con {size} tokens se perdería engram_pad_id={self.config.engram_pad_id}, con el que la memoria "
+                f"señala lo que hay antes del principio: el menor tamaño es {self.config.engram_pad_id + 1}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.engram_hash.resize(self.config.vocab_size)
+        return embeddings
+
+
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
 
@@ -1266,6 +1292,21 @@ def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
         signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
         digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
     return digest.hexdigest()
+
+
+def vocabulary_of(projection: str, token_map: torch.LongTensor, pad_id: int) -> int | None:
+    """How many tokens a vocabulary has, by the digest of its projection: the first of `token_map`, or all and more.
+
+    More are tokens added by `EngramHash.resize`, or ids without a token. None where it is another tokenizer's.
+    """
+    known, more = token_map.cpu().numpy(), 2**16
+    for tail in (np.arange(more) + known.max() + 1, np.full(more, known[pad_id])):
+        digest = hashlib.sha256()
+        for n, canonical in enumerate(np.concatenate((known, tail)), 1):
+            digest.update(canonical.tobytes())
+            if digest.hexdigest() == projection:
+                return n
+    return None
 
 
 def free_ram() -> int:
@@ -1490,8 +1531,12 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     # ---- memories that travel
 
-    def fingerprints(self) -> dict[str, str]:
-        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision."""
+    def fingerprints(self, n_tokens: int | None = None) -> dict[str, str]:
+        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision.
+
+        Args:
+            n_tokens: only the first tokens of the vocabulary, as before it grew.
+        """
         config, ids = self.config, self.model.engram_hash
         layout = (
             config.engram_layer_ids, config.max_ngram_size, config.n_embed_per_ngram, config.n_head_per_ngram,
@@ -1499,8 +1544,11 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
         backbone = {name: tensor for name, tensor in self.state_dict().items() if "engram" not in name}
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            if name in backbone:
+                backbone[name] = backbone[name][:n_tokens]
         return {
-            "projection": hashlib.sha256(ids.token_map.cpu().numpy().tobytes()).hexdigest(),
+            "projection": hashlib.sha256(ids.token_map[:n_tokens].cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
             "backbone": sign_digest(backbone),
         }
@@ -1538,9 +1586,19 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """
         with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
             made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        own = self.fingerprints()
+        own, size, other = self.fingerprints(), self.config.vocab_size, "(otro tokenizer)"
+        if made_for.get("projection") != own["projection"]:
+            ids, pad_id = self.model.engram_hash, self.config.engram_pad_id
+            n_tokens = vocabulary_of(made_for.get("projection"), ids.token_map, pad_id)
+            if n_tokens is not None and n_tokens < size:  # tokens have been added since
+                own = self.fingerprints(n_tokens)
+            elif n_tokens is not None:
+                other = (
+                    f"(de {n_tokens} tokens, y este modelo tiene {size}: sin los que faltan no se puede comprobar que "
+                    "Phi sea el mismo; carga la memoria antes de quitarlos)"
+                )
         for kind, reason in (
-            ("projection", "con otra proyección del vocabulario (otro tokenizer)"),
+            ("projection", f"con otra proyección del vocabulario {other}"),
             ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
             ("backbone", "sobre otro Phi, o este se ha entrenado después"),
         ):
