@@ -350,6 +350,15 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
+    def resize(self, n_tokens: int):
+        """Follow a vocabulary that grew or shrank: new tokens get canonical ids of their own, after the last.
+
+        The multipliers depend on how many there were, and stay: every n-gram keeps its rows.
+        """
+        known = self.token_map[:n_tokens]
+        new = torch.arange(n_tokens - len(known), device=known.device) + self.token_map.max() + 1
+        self.token_map = torch.cat((known, new))
+
     def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
@@ -1128,6 +1137,21 @@ def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()
 
 
+def vocabulary_of(projection: str, token_map: torch.LongTensor, pad_id: int) -> int | None:
+    """How many tokens a vocabulary has, by the digest of its projection: the first of `token_map`, or all and more.
+
+    More are tokens added by `EngramHash.resize`, or ids without a token. None where it is another tokenizer's.
+    """
+    known, more = token_map.cpu().numpy(), 2**16
+    for tail in (np.arange(more) + known.max() + 1, np.full(more, known[pad_id])):
+        digest = hashlib.sha256()
+        for n, canonical in enumerate(np.concatenate((known, tail)), 1):
+            digest.update(canonical.tobytes())
+            if digest.hexdigest() == projection:
+                return n
+    return None
+
+
 def free_ram() -> int:
     """Bytes of RAM that this process could still take."""
     return psutil.virtual_memory().available if psutil else 2**62
@@ -1452,6 +1476,23 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         return pushed
 
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """transformers' own, and the memory's vocabulary projection with it.
+
+        Raises:
+            ValueError: the token that stands for "before the start" would be lost.
+        """
+        size, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        if -(-size // multiple) * multiple <= self.config.engram_pad_id:
+            raise ValueError(
+                f"Con {size} tokens se perdería engram_pad_id={self.config.engram_pad_id}, con el que la memoria "
+                f"señala lo que hay antes del principio: el menor tamaño es {self.config.engram_pad_id + 1}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.engram_hash.resize(self.config.vocab_size)
+        return embeddings
+
+
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
 
@@ -1479,19 +1520,26 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _reading(self) -> list[int]:
+        """Engram layers below `config.num_hidden_layers`, which transformers lowers while a draft exits early."""
+        return [i for i in self.config.engram_layer_ids if i < self.config.num_hidden_layers]
+
     def _head_indices(self, input_ids, real, cache, reach=None):
         """int64 [L, B, T, H]; the last N-1 ids come from the cache, and stay in it for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
         length = self.config.max_ngram_size - 1
+        history = None
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
-        for layer_id in self.config.engram_layer_ids:
+        for layer_id in self._reading():
             # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
             # reorders all states of a cache layer on one device.
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
             history = with_history(ids, length, cache, layer_id, state_idx=1)
+        if history is None:
+            history = F.pad(stored, (length, 0))
         return self.engram_hash(history.to(stored.device), reach)
 
     @torch.no_grad()
@@ -1527,12 +1575,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             return DynamicCache(config=config)
         if cache is not None and (
             len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+            or not all(hasattr(cache.layers[i], "conv_states") for i in self._reading())
         ):
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
             )
+        if cache is not None and config.num_hidden_layers < len(self.layers):
+            del cache.layers[config.num_hidden_layers :]  # a draft's: layers that stay empty cannot be cut back
         return cache
 
     def _check_writable(self):
@@ -1617,14 +1667,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         if given_positions is not None:
             reach = text_reach(given_positions, real, past_length, self.longest)
         indices = self._head_indices(input_ids, real, cache, reach) + self.engram_hash.offsets[:, None, None]
-        indices = dict(zip(config.engram_layer_ids, indices))
+        indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden, all_weights = [], []
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(range(config.num_hidden_layers), self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
@@ -1666,9 +1716,13 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     # ---- memories that travel
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self, n_tokens: int | None = None) -> dict[str, str]:
         """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision, with and without
-        adapters of peft."""
+        adapters of peft.
+
+        Args:
+            n_tokens: only the first tokens of the vocabulary, as before it grew.
+        """
         config, ids = self.config, self.model.engram_hash
         layout = (
             config.engram_layer_ids, config.max_ngram_size, config.n_embed_per_ngram, config.n_head_per_ngram,
@@ -1676,8 +1730,11 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
         backbone = {name: tensor for name, tensor in without_adapters(self).items() if "engram" not in name}
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            if name in backbone:
+                backbone[name] = backbone[name][:n_tokens]
         return {
-            "projection": hashlib.sha256(ids.token_map.cpu().numpy().tobytes()).hexdigest(),
+            "projection": hashlib.sha256(ids.token_map[:n_tokens].cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
             "backbone": sign_digest(backbone),
         }
@@ -1716,9 +1773,19 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """
         with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
             made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        own = self.fingerprints()
+        own, size, other = self.fingerprints(), self.config.vocab_size, "(otro tokenizer)"
+        if made_for.get("projection") != own["projection"]:
+            ids, pad_id = self.model.engram_hash, self.config.engram_pad_id
+            n_tokens = vocabulary_of(made_for.get("projection"), ids.token_map, pad_id)
+            if n_tokens is not None and n_tokens < size:  # tokens have been added since
+                own = self.fingerprints(n_tokens)
+            elif n_tokens is not None:
+                other = (
+                    f"(de {n_tokens} tokens, y este modelo tiene {size}: sin los que faltan no se puede comprobar que "
+                    "Phi sea el mismo; carga la memoria antes de quitarlos)"
+                )
         for kind, reason in (
-            ("projection", "con otra proyección del vocabulario (otro tokenizer)"),
+            ("projection", f"con otra proyección del vocabulario {other}"),
             ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
             ("backbone", "sobre otro Phi, o este se ha entrenado después"),
         ):
@@ -1796,6 +1863,51 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """transformers' own; refuses, before anything changes, what would answer wrongly or leave the model broken.
+
+        Raises:
+            ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
+        """
+
+        def option(name):
+            value = kwargs.get(name)
+            given = getattr(generation_config, name, None) if value is None else value
+            return getattr(self.generation_config, name, None) if given is None else given
+
+        if option("cache_implementation") == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" no puede guardar el estado de la memoria Engram. Quítala, o usa '
+                '"static" o "offloaded".'
+            )
+        depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
+        if early is not None and not 1 <= early <= depth:
+            raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
+        self._check_padding(kwargs.get("input_ids") if inputs is None else inputs, kwargs, option)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = depth  # lowered still, where a draft that exits early was interrupted
+
+    def _check_padding(self, ids, kwargs, option):
+        mask, pad, eos = kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id")
+        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
+            eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
+            # So transformers tells padding where no mask is given.
+            mask = None if pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "Hay filas rellenadas por la derecha: se generaría detrás del relleno, y no detrás del texto. Rellena "
+                'por la izquierda: tokenizer.padding_side = "left".'
+            )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the paged cache of continuous batching has no place for the memory's state."""
+        raise ValueError(
+            "La generación por lotes continuos (generate_batch, cache_implementation=\"paged\") no puede guardar el "
+            "estado de la memoria Engram. Usa model.generate con las filas rellenadas por la izquierda."
+        )
 
     @staticmethod
     def create_masks_for_generate(
