@@ -146,9 +146,9 @@ def speeds(part: Part):
         models[place] = speed.Variant(ours, part.work / "filas", rows, place)
         taken = part.allocated() - before
         part.measure(f"memoria de la tarjeta, tablas en {place}", taken, f"{gigabytes(taken)} de {gigabytes(size)}")
-        if part.card:  # in blocks of 2 MB
+        if part.card:  # the allocator rounds up
             there = size * (place == "gpu")
-            part.check(f"con {place}, la tarjeta guarda {gigabytes(there)} de tablas", abs(taken - there) < 2e7)
+            part.check(f"con {place}, la tarjeta guarda {gigabytes(there)} de tablas", abs(taken - there) < 4e6)
     ids = torch.randint(plain.config.vocab_size, (1, length), device=part.device)
     with torch.no_grad():
         same = torch.equal(plain(ids).logits, models["memoria apagada"]()(ids).logits)
@@ -185,7 +185,7 @@ def big_table(part: Part):
     big = speed.Variant(ours, None, int(wanted / heads / speed.D_HEAD / ours.dtype.itemsize), "ram")
     size = sum(table.size(table.dtype) for table in big.tables.values())
     part.measure("tabla en RAM", size, f"{gigabytes(size)}; quedan libres {gigabytes(allowed_ram())} con este proceso")
-    part.check("de la tabla no hay nada en la tarjeta", part.allocated() - before < 2e7)
+    part.check("de la tabla no hay nada en la tarjeta", part.allocated() - before < 4e6)
     for layer_id, table in big.tables.items():
         ids = torch.randint(table.n_rows, (1, 512, 16))
         right = table.weight[: speed.BLOCK][ids % speed.BLOCK]  # it repeats
@@ -211,7 +211,7 @@ def as_a_t4():
     if total > 1.05 * T4["gpu"]:
         torch.cuda.set_per_process_memory_fraction(share / total)
         print(f"   La tarjeta tiene más que una T4: se usan {gigabytes(share)}.")
-    torch.cuda.get_device_capability = lambda *_: (7, 5)
+    torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 
 def proposed(config, phase: int, *more):
@@ -314,8 +314,9 @@ def resume(part: Part):
         return part.work / name / kills.OUTPUT
 
     whole = start("entero")
-    for phase in (1, 2):
-        process, folder = start("matado", *["--reanudar"] * (phase == 2)), part.work / "matado"
+    blows = (2,) if part.small else (1, 2)
+    for phase in blows:
+        process, folder = start("matado", *["--reanudar"] * (phase != blows[0])), part.work / "matado"
         while process.poll() is None and not [*folder.glob(f"{kills.OUTPUT}-checkpoints/fase-{phase}-paso-*[1-9]")]:
             time.sleep(0.002)
         process.kill()
