@@ -201,6 +201,25 @@ def decode(model, batch: int, tokens: int = DECODED) -> float:
     return (time.perf_counter() - start) / tokens
 
 
+@torch.no_grad()
+def greedy(model, ids, tokens: int, cache: str | None = None):
+    """ids [B, T] -> [B, T + tokens]."""
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        cache_implementation=cache, pad_token_id=0,
+    )  # fmt: skip
+
+
+def with_static_cache(model, tokens: int) -> float:
+    """Per token of `generate`, after a prompt of 64, which counts too. On a card transformers compiles the model."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), device=model.device)
+    wait_for(model)
+    start = time.perf_counter()
+    greedy(model, ids, tokens, "static")
+    wait_for(model)
+    return (time.perf_counter() - start) / tokens
+
+
 def compare(measure, models: dict, repetitions: int, *arguments) -> dict:
     """{name: {"seconds", "ratio", "quartiles", "times"}}; ratios are to the first of `models`."""
     times = {name: [] for name in models}
