@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sympy import nextprime
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -347,16 +351,20 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
-    def forward(self, history: torch.LongTensor) -> torch.LongTensor:
+    def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
         Args:
             history: int64 [B, N-1+T]; token id + 1, and 0 for "before the start".
+            reach: see `text_reach`; tokens farther back count as "before the start".
         Returns:
             int64 [L, B, T, H]: each head's index within its own table, order 2 first, heads in order.
         """
         ids = torch.where(history == 0, self.config.engram_pad_id, history - 1)
         windows = self.token_map[ids].unfold(1, self.max_ngram_size, 1)  # [B, T, N], oldest first
+        if reach is not None:
+            back = torch.arange(self.max_ngram_size - 1, -1, -1, device=reach.device)
+            windows = windows.where(back <= reach[..., None], self.token_map[self.config.engram_pad_id])
         products = windows * self.multipliers.flip(-1)[:, None, None, :]  # [L, B, T, N]
         mix, mixes = products[..., -1], []
         for back in range(2, self.max_ngram_size + 1):
@@ -534,6 +542,53 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
             os.remove(temporary)
 
 
+def as_any_new_file(path: Path):
+    """Give a file the mode that the umask gives: safetensors makes files that their owner alone may read."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
+def index_tables(folder: Path, suffix: str, tables: dict[str, str]):
+    """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
+
+    A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
+    Files of an earlier save that the index does not name go.
+
+    Args:
+        suffix: of a variant, with its dot. tables: {tensor: file in `folder`}.
+    """
+    single, index_file = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
+    only = folder / f"model{suffix}-00001-of-00001.safetensors"
+    ours = re.compile(rf"model{re.escape(suffix)}-(\d{{5}}-of-\d{{5}}|engram-\d+)\.safetensors")
+    files = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
+
+    def size(path):
+        with open(path, "rb") as file:
+            return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+    if any("-of-" in path.name for path in files):  # those of an earlier save went when this one was made
+        single.unlink(missing_ok=True)
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    else:
+        with safe_open(single, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), only.name)}
+        os.replace(single, only)
+        files.append(only)
+        index["metadata"]["total_size"] = size(only)
+    index["weight_map"] |= tables
+    index["metadata"]["total_size"] += sum(size(folder / file) for file in tables.values())
+    temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, index_file)
+    for path in files:
+        if path.name not in index["weight_map"].values():
+            path.unlink()
+        else:
+            as_any_new_file(path)
+
+
 def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
     return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
@@ -622,6 +677,36 @@ class EngramTable(nn.Module):
         self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
         if self.stays and self.weight is not None:
             self.weight.data = self.weight.data.cpu()  # not pinned: rows are gathered into other memory, and that is
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Rows of any precision, into the precision of these. Rows on the disk that are to be others come to RAM."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is None:
+            if self.weight is not None and strict:
+                missing_keys.append(f"{prefix}weight")
+            return
+        expected = [self.n_rows, row_width(self.d_head, given.dtype)]
+        if list(given.shape) != expected or given.dtype not in SAFETENSORS.values():
+            kind = str(given.dtype).removeprefix("torch.")
+            errors.append(
+                f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
+                f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
+            )
+        elif self.weight is None:
+            step = max(1, CHUNK // self.file.row_bytes)
+            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
+            if not same:
+                self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
+                self.settle("ram")
+        elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
+            self.weight, self.file = nn.Parameter(given, requires_grad=given.is_floating_point()), None
+        else:
+            first = 0
+            with torch.no_grad():
+                for rows in given.split(max(1, CHUNK // (4 * self.d_head))):
+                    same = rows.dtype == self.weight.dtype
+                    self.weight[first : first + len(rows)] = rows if same else pack(unpack(rows), self.weight.dtype)
+                    first += len(rows)
 
     def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
         """All rows as stored in precision `dtype`, some at a time, on the CPU."""
@@ -812,14 +897,17 @@ class EngramShortConv(nn.Module):
         self.dilation = dilation
         self.history = (kernel_size - 1) * dilation  # inputs that one output looks back on
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, d, history + T] -> [B, T, d]."""
-        length = x.shape[-1] - self.history
+    def forward(self, x: torch.Tensor, reach: torch.LongTensor | None = None) -> torch.Tensor:
+        """[B, d, history + T] -> [B, T, d]; inputs farther back than `reach` (see `text_reach`) count as zero."""
+        length, output = x.shape[-1] - self.history, None
         # A sum of shifted products gives the same bits whatever T is, so that cached steps equal the whole.
-        output = x[..., :length].transpose(1, 2) * self.weight[:, 0, 0]
-        for k in range(1, self.weight.shape[-1]):
+        for k in range(self.weight.shape[-1]):
             first = k * self.dilation
-            output.add_(x[..., first : first + length].transpose(1, 2) * self.weight[:, 0, k])
+            inputs, back = x[..., first : first + length].transpose(1, 2), self.history - first
+            if reach is not None and back:
+                inputs = inputs.masked_fill((reach < back)[..., None], 0)
+            product = inputs * self.weight[:, 0, k]
+            output = product if output is None else output.add_(product)
         return output
 
 
@@ -845,14 +933,16 @@ class EngramLayer(nn.Module):
         return torch.empty(self.key_proj.weight.shape).normal_(0, std, generator=generator)
 
     def forward(
-        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None,
+        reach: torch.LongTensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """
         Args:
             hidden: [B, T, d].
             rows: [B, T, H, d_head].
             real: bool [B, T], False where the token is padding; None when none is.
             cache: keeps the last conv inputs.
+            reach: see `text_reach`.
         Returns:
             Y [B, T, d], hidden's dtype; exactly zero where all rows in reach are zero and there is no bias.
         """
@@ -863,7 +953,7 @@ class EngramLayer(nn.Module):
             gated = gated.masked_fill(~real[..., None], 0)
         conv_input = self.conv_norm(gated).to(hidden.dtype).transpose(1, 2)  # [B, d, T]
         conv_input = with_history(conv_input, self.conv.history, cache, self.layer_idx, state_idx=0)
-        return F.silu(self.conv(conv_input), inplace=not torch.is_grad_enabled()).add_(gated)
+        return F.silu(self.conv(conv_input, reach), inplace=not torch.is_grad_enabled()).add_(gated)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -995,14 +1085,14 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden, rows=None, real=None, *, attention=None, attention_mask=None, position_embeddings=None,
-        cache=None, **kwargs,
+        cache=None, reach=None, **kwargs,
     ):  # fmt: skip
         """[B, T, d] -> [B, T, d], attention weights or None.
 
         `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
         """
         if self.engram is not None and rows is not None:
-            hidden = hidden + self.engram(hidden, rows, real, cache)
+            hidden = hidden + self.engram(hidden, rows, real, cache, reach)
         normed = self.input_layernorm(hidden)
         attended, weights = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
         computed = self.mlp(normed)
@@ -1034,213 +1124,63 @@ def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | No
     return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
 
 
-class PhiEngramPreTrainedModel(PreTrainedModel):
-    config_class = PhiEngramConfig
-    config: PhiEngramConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["PhiEngramDecoderLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int):
+    """Raise ValueError where ids are missing, do not fit the vectors beside them, or are no tokens.
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """Initialise what no checkpoint gave. Tables and conv start at zero, so that a fresh graft changes nothing."""
-        if isinstance(module, EngramHash):
-            module.reset_buffers()
-        elif isinstance(module, (EngramTable, EngramShortConv)):
-            if module.weight is not None:
-                init.zeros_(module.weight)
-        elif isinstance(module, EngramRMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, EngramLayer):
-            for place, projection in enumerate((module.key_proj, module.value_proj)):
-                init.copy_(projection.weight, module.fresh_projection(place))
-        elif isinstance(module, PhiRotaryEmbedding):
-            init.copy_(module.inv_freq, module.inverse_frequencies())
-        else:
-            super()._init_weights(module)
-
-
-class PhiEngramModel(PhiEngramPreTrainedModel):
-    """Phi's decoder stack with memory: ids -> last hidden state."""
-
-    def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embed_dropout = nn.Dropout(config.embd_pdrop)
-        self.engram_hash = EngramHash(config, tokenizer)
-        d_head = config.n_embed_per_ngram // config.n_head_per_ngram
-        self.engram_tables = nn.ModuleDict(
-            {
-                str(layer_id): EngramTable(sum(map(sum, primes)), d_head, empty_tables)
-                for layer_id, primes in zip(config.engram_layer_ids, head_primes(config))
-            }
+    Looking at ids on a card is a wait for it: there an embedding's own check is left to find them, unless vectors take
+    its place.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
+            "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
         )
-        self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.facts = nn.ModuleDict({str(layer_id): EngramFacts() for layer_id in config.engram_layer_ids})
-        self.rotary_emb = PhiRotaryEmbedding(config)
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
-        self.gradient_checkpointing = False
-        self.post_init()
+    if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
+            "token por vector, en el mismo orden. Si un vector no viene de ningún token, pon engram_pad_id en su sitio."
+        )
+    if torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    if input_ids.device.type == "cpu" or (inputs_embeds is not None and input_ids.device.type != "meta"):
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids tiene {low if low < 0 else high}, que no es un token: van de 0 a vocab_size-1="
+                f"{vocab_size - 1}. El relleno se marca en attention_mask y lo que no cuenta, con -100, en labels."
+            )
 
-    def _history(self, input_ids, real, cache):
-        """Token ids + 1 and what came before them, int64 [B, history + T]; the cache keeps the last for the next call."""
-        stored = input_ids + 1  # 0 is left to mean "before the start"
-        if real is not None:
-            stored = stored.masked_fill(~real, 0)
-        length = max(self.config.max_ngram_size, LONGEST_KEY) - 1
-        # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
-        for layer_id in self.config.engram_layer_ids:
-            # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
-            # reorders all states of a cache layer on one device.
-            device = self.layers[layer_id].engram.value_proj.weight.device
-            ids = stored if device.type == "meta" else stored.to(device)
-            history = with_history(ids, length, cache, layer_id, state_idx=1)
-        return history.to(stored.device)
 
-    def _head_indices(self, history, n_tokens):
-        """int64 [L, B, T, H]."""
-        return self.engram_hash(history[:, -(n_tokens + self.config.max_ngram_size - 1) :])
+def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
+    """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
+    places = torch.arange(n_tokens, device=cu_seq_lens.device)
+    return (places - cu_seq_lens[torch.searchsorted(cu_seq_lens, places, right=True) - 1])[None]
 
-    def _fact_windows(self, history, n_tokens):
-        """Canonical tokens that facts are looked up by, int64 [B, T, LONGEST_KEY]; None where there is no fact."""
-        if not any(facts.lengths for facts in self.facts.values()):
+
+def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTensor | None:
+    """How many tokens back each token's own text begins, by the caller's positions: int64 [B or 1, T].
+
+    A text begins where positions begin again. What the cache holds belongs to the first token's text as far back as
+    its position says. None where all that is within `longest` is of one text; on a card that would be a wait for it,
+    so there nobody looks.
+
+    Args:
+        position_ids: int64 [B or 1, T]. real: bool [B, T], False where the token is padding; None when none is.
+        past_length: tokens in the cache, an int or an int64 tensor.
+    """
+    first = position_ids[:, :1]
+    begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
+    if real is not None:
+        begins = begins & real[:, 1:].to(begins.device)
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not begins.any() and first.min() >= min(longest, int(past_length)):
             return None
-        history = history[:, -(n_tokens + LONGEST_KEY - 1) :]
-        canonical = self.engram_hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
-        return canonical.unfold(1, LONGEST_KEY, 1)
-
-    @torch.no_grad()
-    def ngram_indices(self, input_ids: torch.LongTensor, attention_mask=None) -> dict[int, torch.LongTensor]:
-        """Rows that each position reads, as every head's index within its own table.
-
-        Args:
-            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding.
-        Returns:
-            {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
-        """
-        real = real_tokens(attention_mask, input_ids.shape[1], 0)
-        history = self._history(input_ids, real, None)
-        return dict(zip(self.config.engram_layer_ids, self._head_indices(history, input_ids.shape[1])))
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """
-        Args:
-            input_ids: int64 [B, T]. Always needed: the memory is addressed by tokens.
-            inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
-            attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
-                `create_masks_for_generate` prepared.
-            cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
-        Returns:
-            `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
-            and `attentions`.
-        Raises:
-            ValueError: no ids, or a cache that cannot hold the memory's state.
-        """
-        if input_ids is None:
-            raise ValueError(
-                "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
-                "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
-            )
-        config = self.config
-        cache = past_key_values if cache is None else cache
-        use_cache = config.use_cache if use_cache is None else use_cache
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None  # the replay in backward would write the cache a second time
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        if cache is not None and (
-            len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
-        ):
-            raise ValueError(
-                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
-                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
-            )
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_length = cache.get_seq_length() if cache is not None else 0
-        given_positions = position_ids
-        if position_ids is None:
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
-        if isinstance(attention_mask, dict):
-            causal_mask, real = attention_mask["full_attention"], attention_mask["engram"]
-        else:
-            real = real_tokens(attention_mask, hidden.shape[1], past_length)
-            causal_mask = create_causal_mask(
-                config=config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: cache},
-                # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
-                position_ids=given_positions,
-            )  # fmt: skip
-
-        history = self._history(input_ids, real, cache)
-        windows = self._fact_windows(history, hidden.shape[1])
-        indices = self._head_indices(history, hidden.shape[1]) + self.engram_hash.offsets[:, None, None]
-        indices = dict(zip(config.engram_layer_ids, indices))
-        if self.training and torch.is_grad_enabled():
-            for layer_id in indices:
-                trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
-                if trained and not self.engram_tables[str(layer_id)].writable:
-                    raise ValueError(
-                        "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
-                        'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
-                        "--precision-memoria float32 --salida OTRA"
-                    )
-        if self.use_memory:
-            for layer_id in sorted(indices):
-                self.engram_tables[str(layer_id)].announce(indices[layer_id])
-        else:  # a cache layer with an unused state can neither be cut back nor reordered
-            silence = hidden.new_zeros(*hidden.shape[:2], config.hidden_size).transpose(1, 2)
-            for layer_id in indices:
-                history = self.layers[layer_id].engram.conv.history
-                with_history(silence, history, cache, layer_id, state_idx=0)
-        hidden = self.embed_dropout(hidden)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
-        position_embeddings = self.rotary_emb(hidden, position_ids)
-        all_hidden, all_weights = [], []
-        for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                all_hidden.append(hidden)
-            rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
-            if rows is not None and windows is not None:
-                rows = self.facts[str(i)](rows, windows)
-            hidden, weights = layer(
-                hidden, rows, real, attention=attention, attention_mask=causal_mask,
-                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, **kwargs,
-            )  # fmt: skip
-            if output_attentions:
-                all_weights.append(weights)
-        hidden = self.final_layernorm(hidden)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-            **{CACHE: cache},
-        )
-        return output if return_dict else output.to_tuple()
+    if position_ids.shape[1] == 1:
+        return position_ids
+    places = torch.arange(position_ids.shape[1], device=begins.device)
+    # Where the text of each token begins: a place in this call, or before it.
+    origin = torch.cat((-first.expand(len(begins), 1), places[1:].where(begins, -first)), dim=1).cummax(dim=1).values
+    return places - origin
 
 
 def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -1301,6 +1241,467 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
 
 
+def find_file(name, file: str, hub: dict) -> str | None:
+    """Path of a checkpoint's file, in a folder or on the Hub; None where it is not to be had."""
+    try:
+        return cached_file(name, file, **hub)
+    except OSError:
+        return None
+
+
+def weight_files(name, variant, hub: dict) -> tuple[str | None, dict[str, str]]:
+    """The one file of a checkpoint's dense weights, or {tensor: file} of its index, in transformers' own order."""
+    suffix = f".{variant}" if variant else ""
+    single = find_file(name, f"model{suffix}.safetensors", hub)
+    if single is None and (path := find_file(name, f"model.safetensors.index{suffix}.json", hub)) is not None:
+        return None, json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+    return single, {}
+
+
+def bad_table(name, variant, hub: dict) -> str | None:
+    """Which file of rows that the index names cannot be opened, in Spanish."""
+    for key, file in weight_files(name, variant, hub)[1].items():
+        if "engram_tables" in key:
+            path = find_file(name, file, hub)
+            if path is None:
+                return f"A «{name}» le falta el archivo de la memoria {file}. Vuelve a copiar el modelo entero."
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return f"El archivo de la memoria {path} no sirve: está a medias o su cabecera no se entiende."
+    return None
+
+
+class PhiEngramPreTrainedModel(PreTrainedModel):
+    config_class = PhiEngramConfig
+    config: PhiEngramConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PhiEngramDecoderLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Initialise what no checkpoint gave. Tables and conv start at zero, so that a fresh graft changes nothing."""
+        if isinstance(module, EngramHash):
+            module.reset_buffers()
+        elif isinstance(module, (EngramTable, EngramShortConv)):
+            if module.weight is not None:
+                init.zeros_(module.weight)
+        elif isinstance(module, EngramRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, EngramLayer):
+            for place, projection in enumerate((module.key_proj, module.value_proj)):
+                init.copy_(projection.weight, module.fresh_projection(place))
+        elif isinstance(module, PhiRotaryEmbedding):
+            init.copy_(module.inv_freq, module.inverse_frequencies())
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+        """transformers' own, plus where the memory's rows live in this process.
+
+        Args:
+            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
+                needed), or "auto", the fastest that fits into what is free.
+        Raises:
+            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
+        """
+        if engram_storage not in PLACES:
+            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        empty = {} if name is None else {"empty_tables": True}
+        hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
+        source = name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs}
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
+        except (OSError, SafetensorError) as error:  # transformers opens all files that the index names
+            if bad := bad_table(*source):
+                raise EngramFileError(bad) from error
+            raise
+        if empty:
+            files = model._table_files(*source)
+            model._fill_tables(files, engram_storage)
+            absent = [model._table_key(i) for i in model.config.engram_layer_ids if i not in files]
+            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
+        elif engram_storage != "auto":
+            model.move_memory(engram_storage)
+        if model.can_generate() and model.generation_config.eos_token_id is None:  # as in Phi-1's published files
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        if empty and model.can_generate() and find_file(name, FACTS_FILE, source[2]) is not None:
+            try:
+                model.set_facts(model.read_facts(name, **source[2]))
+            except ValueError as error:
+                logger.warning(f"{error} Se abre sin ellos.")
+        return (model, info) if output_loading_info else model
+
+    # ---- where the memory's rows live
+
+    @property
+    def n_values(self) -> int:
+        """Parameters, wherever they live; the rows' scales are not counted."""
+        tables = self.base_model.engram_tables.values()
+        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
+        return dense + sum(table.n_rows * table.d_head for table in tables)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that `save_pretrained` would write."""
+        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
+        return dense + sum(table.size(table.dtype) for table in self.base_model.engram_tables.values())
+
+    @property
+    def memory_place(self) -> str:
+        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
+        table = next(iter(self.base_model.engram_tables.values()))
+        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
+
+    def move_memory(self, place: str):
+        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
+
+        Raises:
+            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
+        """
+        tables = self.base_model.engram_tables
+        size = sum(table.size(table.dtype) for table in tables.values())
+        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
+        for layer_id, table in tables.items():
+            self._settle(table, layer_id, place)
+
+    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
+        on_gpu = self.device.type == "cuda"
+        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
+        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
+        return place
+
+    def _settle(self, table: EngramTable, layer_id, place: str):
+        table.settle(place)
+        if place == "gpu":
+            table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
+
+    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+
+        single, index = weight_files(name, variant, hub)
+        inside = ()
+        if single is not None:
+            with safe_open(single, "pt") as file:
+                inside = file.keys()
+        files = {}
+        for layer_id in self.config.engram_layer_ids:
+            table, key = self.base_model.engram_tables[str(layer_id)], f"engram_tables.{layer_id}.weight"
+            if key not in inside and key not in index:  # as `PhiEngramModel` alone writes it
+                key = f"model.{key}"
+            # Where neither names it, an earlier version wrote it beside them, under a name without variant.
+            file = single if key in inside else find_file(name, index.get(key, TABLE_FILE.format(layer_id)), hub)
+            if file is not None:
+                files[layer_id] = TableFile(file, key, table.n_rows, table.d_head, self._mate(layer_id))
+        return files
+
+    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
+        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
+        zeros for a layer without file."""
+        tables = {i: self.base_model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
+        kinds = {
+            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
+            for i in tables
+        }
+        size = sum(table.size(kinds[i]) for i, table in tables.items())
+        place = self._choose(wanted, size, len(files) == len(tables))
+        for layer_id, table in tables.items():
+            table.file = files.get(layer_id)
+            if table.file is None:
+                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+            elif place != "disco":
+                table.hold(kinds[layer_id])
+            self._settle(table, layer_id, place)
+
+    def _table_key(self, layer_id: int) -> str:
+        return f"{'' if self.base_model is self else 'model.'}engram_tables.{layer_id}.weight"
+
+    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
+        """Digest of the dense weights beside which a layer's rows were trained."""
+        state = self.state_dict() if state is None else state
+        state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+        start = f"model.layers.{layer_id}.engram."
+        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
+
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
+        engram_precision: str | None = None, **kwargs,
+    ):  # fmt: skip
+        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
+        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
+
+        Args:
+            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
+        Raises:
+            ValueError: no such precision.
+        """
+        if engram_precision not in (None, *PRECISIONS):
+            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        code = __name__.split(".")[-1]  # either class opens what the other one saved
+        classes = {"AutoModel": f"{code}.PhiEngramModel", "AutoModelForCausalLM": f"{code}.PhiEngramForCausalLM"}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
+        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
+        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        suffix, tables = f".{variant}" if variant else "", {}
+        if is_main_process and not adapter:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for layer_id in self.config.engram_layer_ids:
+                table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
+                if key in given:  # gathered by a trainer, perhaps
+                    table = EngramTable(table.n_rows, table.d_head, empty=True)
+                    table.weight = nn.Parameter(given[key], requires_grad=False)
+                dtype = PRECISIONS.get(engram_precision, table.dtype)
+                tables[key] = f"model{suffix}{TABLE_FILE.format(layer_id)[len('model'):]}"
+                write_table(
+                    Path(save_directory, tables[key]), key, table.chunks(dtype), dtype, table.n_rows, table.d_head,
+                    self._mate(layer_id, state),
+                )  # fmt: skip
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
+            **kwargs,
+        )  # fmt: skip
+        if tables:
+            index_tables(Path(save_directory), suffix, tables)
+        if tables and self.can_generate():
+            self.save_facts(save_directory)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""
+        pushed = super().push_to_hub(repo_id, **kwargs)
+        hub, repo_id = HfApi(token=kwargs.get("token")), pushed.repo_url.repo_id
+        revision = pushed.pr_revision or kwargs.get("revision")
+        if hub.file_exists(repo_id, "model.safetensors", revision=revision):
+            hub.delete_file("model.safetensors", repo_id, revision=revision)
+        return pushed
+
+
+class PhiEngramModel(PhiEngramPreTrainedModel):
+    """Phi's decoder stack with memory: ids -> last hidden state."""
+
+    def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_dropout = nn.Dropout(config.embd_pdrop)
+        self.engram_hash = EngramHash(config, tokenizer)
+        d_head = config.n_embed_per_ngram // config.n_head_per_ngram
+        self.engram_tables = nn.ModuleDict(
+            {
+                str(layer_id): EngramTable(sum(map(sum, primes)), d_head, empty_tables)
+                for layer_id, primes in zip(config.engram_layer_ids, head_primes(config))
+            }
+        )
+        self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.facts = nn.ModuleDict({str(layer_id): EngramFacts() for layer_id in config.engram_layer_ids})
+        self.rotary_emb = PhiRotaryEmbedding(config)
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Tokens that the memory looks back on.
+        self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
+        if empty_tables:  # transformers need not know of what is read apart
+            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
+        self.memory_reason = ""  # why the rows are where they are, in Spanish
+        self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _history(self, input_ids, real, cache):
+        """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last ones for the next call."""
+        stored = input_ids + 1  # 0 is left to mean "before the start"
+        if real is not None:
+            stored = stored.masked_fill(~real, 0)
+        length = max(self.config.max_ngram_size, LONGEST_KEY) - 1
+        # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
+        for layer_id in self.config.engram_layer_ids:
+            # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
+            # reorders all states of a cache layer on one device.
+            device = self.layers[layer_id].engram.value_proj.weight.device
+            ids = stored if device.type == "meta" else stored.to(device)
+            history = with_history(ids, length, cache, layer_id, state_idx=1)
+        return history.to(stored.device)
+
+    def _head_indices(self, history, n_tokens, reach=None):
+        """int64 [L, B, T, H]."""
+        return self.engram_hash(history[:, -(n_tokens + self.config.max_ngram_size - 1) :], reach)
+
+    def _fact_windows(self, history, n_tokens, reach=None):
+        """Canonical tokens that facts are looked up by, int64 [B, T, LONGEST_KEY]; None where there is no fact."""
+        if not any(facts.lengths for facts in self.facts.values()):
+            return None
+        history = history[:, -(n_tokens + LONGEST_KEY - 1) :]
+        canonical = self.engram_hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
+        windows = canonical.unfold(1, LONGEST_KEY, 1)
+        if reach is None:
+            return windows
+        return windows.where(torch.arange(LONGEST_KEY - 1, -1, -1, device=reach.device) <= reach[..., None], -1)
+
+    @torch.no_grad()
+    def ngram_indices(
+        self, input_ids: torch.LongTensor, attention_mask=None, position_ids: torch.LongTensor | None = None
+    ) -> dict[int, torch.LongTensor]:
+        """Rows that each position reads, as every head's index within its own table.
+
+        Args:
+            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding; position_ids: as in `forward`.
+        Returns:
+            {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
+        """
+        check_ids(input_ids, None, self.config.vocab_size)
+        real = real_tokens(attention_mask, input_ids.shape[1], 0)
+        reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
+        history = self._history(input_ids, real, None)
+        return dict(zip(self.config.engram_layer_ids, self._head_indices(history, input_ids.shape[1], reach)))
+
+    def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache that this forward pass reads and writes: the given one, a new one, or None."""
+        config = self.config
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The replay in backward would write a cache a second time.
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "Con gradient_checkpointing no se puede entrenar sobre una caché que ya tiene tokens. Pasa el "
+                    "texto entero sin caché, o apágalo antes: model.gradient_checkpointing_disable()."
+                )
+            if cache is not None or use_cache:
+                logger.warning_once("Con gradient_checkpointing se entrena sin caché: use_cache=True no se atiende.")
+            return None
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            return DynamicCache(config=config)
+        if cache is not None and (
+            len(cache.layers) < config.num_hidden_layers
+            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+        ):
+            raise ValueError(
+                "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
+                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
+            )
+        return cache
+
+    def _check_writable(self):
+        """Raise ValueError where a forward pass of training would train rows that can only be read."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for layer_id in self.config.engram_layer_ids:
+            trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
+            if trained and not self.engram_tables[str(layer_id)].writable:
+                raise ValueError(
+                    "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
+                    'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
+                    "--precision-memoria float32 --salida OTRA"
+                )
+
+    def _expect(self, indices: dict[int, torch.LongTensor], hidden: torch.Tensor, cache: Cache | None):
+        """Begin to bring the rows; where the memory is off, leave in the cache that it added nothing."""
+        if self.use_memory:
+            for layer_id in sorted(indices):
+                self.engram_tables[str(layer_id)].announce(indices[layer_id])
+            return
+        # A cache layer with an unused state can neither be cut back nor reordered.
+        silence = hidden.new_zeros(*hidden.shape[:2], self.config.hidden_size).transpose(1, 2)
+        for layer_id in indices:
+            with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: int64 [B, T]. Always needed: the memory is addressed by tokens.
+            inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
+            position_ids: int64 [B or 1, T]; where they begin again, so does the memory (several texts in one row).
+            attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
+                `create_masks_for_generate` prepared.
+            cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
+        Returns:
+            `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
+            and `attentions`.
+        Raises:
+            ValueError: no ids or none that are tokens, a cache that cannot hold the memory's state, or rows that are
+                to learn and can only be read.
+        """
+        check_ids(input_ids, inputs_embeds, self.config.vocab_size)
+        config = self.config
+        cache = past_key_values if cache is None else cache
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        cache = self._usable_cache(cache, use_cache)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_length = cache.get_seq_length() if cache is not None else 0
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"], hidden.shape[1])
+        given_positions = position_ids
+        if position_ids is None:
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
+        if isinstance(attention_mask, dict):
+            causal_mask, real = attention_mask["full_attention"], attention_mask["engram"]
+        else:
+            real = real_tokens(attention_mask, hidden.shape[1], past_length)
+            causal_mask = create_causal_mask(
+                config=config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: cache},
+                # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
+                position_ids=given_positions,
+            )  # fmt: skip
+        reach = None
+        if given_positions is not None:
+            reach = text_reach(given_positions, real, past_length, self.longest)
+        history = self._history(input_ids, real, cache)
+        windows = self._fact_windows(history, hidden.shape[1], reach)
+        indices = self._head_indices(history, hidden.shape[1], reach) + self.engram_hash.offsets[:, None, None]
+        indices = dict(zip(config.engram_layer_ids, indices))
+        self._check_writable()
+        self._expect(indices, hidden, cache)
+        hidden = self.embed_dropout(hidden)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        all_hidden, all_weights = [], []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                all_hidden.append(hidden)
+            rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
+            if rows is not None and windows is not None:
+                rows = self.facts[str(i)](rows, windows)
+            hidden, weights = layer(
+                hidden, rows, real, attention=attention, attention_mask=causal_mask,
+                position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,
+            )  # fmt: skip
+            if output_attentions:
+                all_weights.append(weights)
+        hidden = self.final_layernorm(hidden)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE: cache},
+        )
+        return output if return_dict else output.to_tuple()
+
+
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
@@ -1317,167 +1718,10 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        if empty_tables:  # transformers need not know of what is read apart
-            self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
-        self.memory_reason = ""  # why the rows are where they are, in Spanish
+        self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
+        self.memory_reason = ""
         self._facts: list[Fact] = []
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
-        """transformers' own, plus where the memory's rows live in this process.
-
-        Args:
-            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
-                needed), or "auto", the fastest that fits into what is free.
-        Raises:
-            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
-        """
-        if engram_storage not in PLACES:
-            raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
-        empty = {} if name is None else {"empty_tables": True}
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
-        if empty:
-            hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
-            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
-            model._fill_tables(files, engram_storage)
-            absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
-            info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
-        elif engram_storage != "auto":
-            model.move_memory(engram_storage)
-        if model.generation_config.eos_token_id is None:  # Phi-1's published files name no stop token
-            model.generation_config.eos_token_id = model.config.eos_token_id
-        return (model, info) if output_loading_info else model
-
-    # ---- where the memory's rows live
-
-    @property
-    def n_values(self) -> int:
-        """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.model.engram_tables.values()
-        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
-        return dense + sum(table.n_rows * table.d_head for table in tables)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all that `save_pretrained` would write."""
-        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.model.engram_tables.values())
-
-    @property
-    def memory_place(self) -> str:
-        """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
-        table = next(iter(self.model.engram_tables.values()))
-        return "gpu" if table.weight is not None and table.weight.is_cuda else table.place
-
-    def move_memory(self, place: str):
-        """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
-
-        Raises:
-            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
-        """
-        tables = self.model.engram_tables
-        size = sum(table.size(table.dtype) for table in tables.values())
-        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
-        for layer_id, table in tables.items():
-            self._settle(table, layer_id, place)
-
-    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
-        on_gpu = self.device.type == "cuda"
-        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
-        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
-        return place
-
-    def _settle(self, table: EngramTable, layer_id, place: str):
-        table.settle(place)
-        if place == "gpu":
-            table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
-
-    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
-
-        def find(file):
-            try:
-                return cached_file(name, file, **hub)
-            except OSError:
-                return None
-
-        suffix, files = f".{variant}" if variant else "", {}
-        single, index = find(f"model{suffix}.safetensors"), None
-        if single is None and (index := find(f"model.safetensors.index{suffix}.json")):
-            index = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        for layer_id in self.config.engram_layer_ids:
-            key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
-            path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
-            if path is None and index is not None:
-                path = find(index[key]) if key in index else None
-            elif path is None and single is not None:
-                with safe_open(single, "pt") as file:
-                    path = single if key in file.keys() else None
-            if path is not None:
-                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
-        return files
-
-    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
-        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
-        zeros for a layer without file."""
-        tables = {i: self.model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
-        kinds = {
-            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
-            for i in tables
-        }
-        size = sum(table.size(kinds[i]) for i, table in tables.items())
-        place = self._choose(wanted, size, len(files) == len(tables))
-        for layer_id, table in tables.items():
-            table.file = files.get(layer_id)
-            if table.file is None:
-                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
-            elif place != "disco":
-                table.hold(kinds[layer_id])
-            self._settle(table, layer_id, place)
-
-    def _mate(self, layer_id: int, state: dict | None = None) -> str | None:
-        """Digest of the dense weights beside which a layer's rows were trained."""
-        start = f"model.layers.{layer_id}.engram."
-        state = self.state_dict() if state is None else state
-        return sign_digest({name: tensor for name, tensor in state.items() if name.startswith(start)})
-
-    def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, variant=None,
-        engram_precision: str | None = None, **kwargs,
-    ):  # fmt: skip
-        """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time.
-
-        Args:
-            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
-        Raises:
-            ValueError: no such precision.
-        """
-        if engram_precision not in (None, *PRECISIONS):
-            raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        given = {name: state.pop(name) for name in list(state) if "engram_tables" in name}
-        token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
-        repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
-        if is_main_process and not adapter:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for layer_id in self.config.engram_layer_ids:
-                table, key = self.model.engram_tables[str(layer_id)], f"model.engram_tables.{layer_id}.weight"
-                if key in given:  # gathered by a trainer, perhaps
-                    table = EngramTable(table.n_rows, table.d_head, empty=True)
-                    table.weight = nn.Parameter(given[key], requires_grad=False)
-                dtype = PRECISIONS.get(engram_precision, table.dtype)
-                write_table(
-                    Path(save_directory, TABLE_FILE.format(layer_id)), key, table.chunks(dtype), dtype, table.n_rows,
-                    table.d_head, self._mate(layer_id, state),
-                )  # fmt: skip
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
-            **kwargs,
-        )  # fmt: skip
-        if push_to_hub and is_main_process:
-            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
 
     # ---- memories that travel
 
@@ -1514,6 +1758,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         try:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
+            as_any_new_file(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -1571,17 +1816,20 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     def save_facts(self, folder):
         """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows."""
-        folder = Path(folder)
+        folder, name = Path(folder), None
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{name}": getattr(fact, name) for i, fact in enumerate(self._facts) for name in ("keys", "rows")}
-        bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
-        name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
-        digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
-        text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in self._facts])
-        temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
-        save_file(tensors, folder / name, {"format": "pt"})
-        temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, folder / FACTS_FILE)
+        if tensors:
+            bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+            name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
+            digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
+            text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in self._facts])
+            temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
+            save_file(tensors, folder / name, {"format": "pt"})
+            temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
+            os.replace(temporary, folder / FACTS_FILE)
+        else:
+            (folder / FACTS_FILE).unlink(missing_ok=True)
         for old in folder.glob("engram_facts-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -1702,12 +1950,23 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         # transformers drops the ids where it uses embeddings; the memory needs both.
-        if inputs.get("inputs_embeds") is not None and input_ids.shape[1] == inputs["inputs_embeds"].shape[1]:
-            inputs["input_ids"] = input_ids
+        if inputs.get("inputs_embeds") is not None and input_ids.shape[1]:
+            check_ids(input_ids, inputs_embeds, self.config.vocab_size)
+            inputs["input_ids"] = input_ids[:, -inputs["inputs_embeds"].shape[1] :]
         return inputs
 
 
 PhiEngramConfig.register_for_auto_class()
+PhiEngramModel.register_for_auto_class("AutoModel")
 PhiEngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
-AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)
+if __name__.startswith("transformers_modules."):
+    # A saved folder's code serves that folder and no other: once registered, it would be run for all of them. Only so
+    # that AutoTokenizer does not ask again whether to trust the code of a model that is open, a configuration is there
+    # that counts as one of transformers' own.
+    if "phi_engram" not in CONFIG_MAPPING:
+        names = {"model_type": "phi_engram", "__module__": PhiConfig.__module__}
+        AutoConfig.register("phi_engram", type("PhiEngramConfig", (PhiConfig,), names))
+else:
+    AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
+    AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
+    AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)

@@ -317,7 +317,9 @@ def run(args, accelerator, model, tokenizer, output: Path):
     print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
     if args.subir and accelerator.is_main_process:
         on_hub(
-            lambda hub: hub.upload_folder(repo_id=args.subir, folder_path=output), args.subir,
+            lambda hub: hub.upload_folder(  # weights of an earlier upload under other names would be taken for these
+                repo_id=args.subir, folder_path=output, delete_patterns="model*.safetensors*"
+            ), args.subir,
             f"El modelo está entero en {output}/; súbelo cuando haya conexión con: hf upload {args.subir} {output}",
         )  # fmt: skip
         print(f"✅ Subido a https://huggingface.co/{args.subir}")

@@ -188,10 +188,11 @@ def check_saved(model, ids):
         folder = Path(temporary, "guardado")
         model.save_pretrained(folder)
         lost, worst = {name for name in state if "engram_tables" not in name}, 0.0
-        with safe_open(folder / "model.safetensors", "pt") as saved:
-            for name in saved.keys():
-                worst = max(worst, difference(saved.get_tensor(name), state[name]) if name in state else math.inf)
-                lost.discard(name)
+        for file in folder.glob("model-*-of-*.safetensors"):
+            with safe_open(file, "pt") as saved:
+                for name in saved.keys():
+                    worst = max(worst, difference(saved.get_tensor(name), state[name]) if name in state else math.inf)
+                    lost.discard(name)
         for layer_id, table in model.model.engram_tables.items():
             file = folder / TABLE_FILE.format(layer_id)
             saved = TableFile(file, f"model.engram_tables.{layer_id}.weight", table.n_rows, table.d_head)

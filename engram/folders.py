@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engram.console import NO_SPACE, UserError
+from phi1_engram import as_any_new_file
 
 try:
     import fcntl
@@ -126,6 +127,8 @@ def whole_folder(path):
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                if file.suffix == ".safetensors":
+                    as_any_new_file(file)
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())  # a whole name must not outlive half a content when the power fails
         with _alone_in(path.parent):

@@ -242,6 +242,7 @@ class TrainedTable:
         self.wait()
         weight = self.weight if self.world == 1 else self.whole()
         self.table.weight, self.table.read = None if weight is None else nn.Parameter(weight), None
+        self.table.file = None  # its rows are others now
 
     def whole(self) -> torch.Tensor | None:
         weight = torch.empty(self.table.n_rows, self.table.d_head, dtype=self.weight.dtype) if self.rank == 0 else None

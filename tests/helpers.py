@@ -13,6 +13,7 @@ import pytest
 import torch
 
 END_OF_TEXT = 50256
+DENSE_FILE = "model-00001-of-00001.safetensors"  # of a saved PhiEngram model, where it is one
 PHI1_TOKENS = 50295
 # microsoft/phi-1's config.json, field by field, nulls included.
 PHI1_CONFIG = dict(

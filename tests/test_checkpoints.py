@@ -51,7 +51,7 @@ def place(origin, tmp_path, monkeypatch):
 def whole(origin):
     """Weights of the run that nothing interrupts."""
     assert kills.in_child(origin, "registro.txt", lambda: kills.train_here(*SHORT)) == 0
-    return (origin / kills.OUTPUT / "model.safetensors").read_bytes()
+    return (origin / kills.OUTPUT / helpers.DENSE_FILE).read_bytes()
 
 
 def run(folder, *options, action=kills.train_here):
@@ -67,7 +67,7 @@ def killed(folder, *kill, options=()):
 
 
 def weights(folder, output=kills.OUTPUT):
-    return (folder / output / "model.safetensors").read_bytes()
+    return (folder / output / helpers.DENSE_FILE).read_bytes()
 
 
 # --- kills

@@ -167,6 +167,21 @@ def test_every_position_of_a_left_padded_row(make_model):
         assert_close(logits[i, -len(row) :], model(row[None]).logits[0])
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "kw", [{}, dict(num_beams=3), dict(prompt_lookup_num_tokens=3), dict(cache_implementation="static")], ids=str
+)
+def test_a_model_in_training_generates_the_same(make_model, kw, reentrant):
+    """Gradient checkpointing recomputes where there are gradients, and `generate` has none (all dropouts are 0)."""
+    model = make_model()
+    ids = helpers.random_ids(model, 2, 6).repeat(1, 2)[: 1 if "prompt_lookup_num_tokens" in kw else 2]
+    expected = generate(model, ids, max_new_tokens=12, pad_token_id=0, **kw).sequences
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert torch.equal(generate(model, ids, max_new_tokens=12, pad_token_id=0, **kw).sequences, expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Prefill in chunks
 # ----------------------------------------------------------------------------------------------------------------------

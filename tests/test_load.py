@@ -387,8 +387,8 @@ def test_open_model(grafted, small_phi, tmp_path, monkeypatch):
     assert open_model(grafted[0])[0].dtype == torch.float32
     monkeypatch.chdir(tmp_path)
     shutil.copytree(grafted[0], "cortado")
-    state = load_file("cortado/model.safetensors")
-    save_file(gone("model.layers.1.engram.conv.weight")(state), "cortado/model.safetensors", {"format": "pt"})
+    state = load_file(f"cortado/{helpers.DENSE_FILE}")
+    save_file(gone("model.layers.1.engram.conv.weight")(state), f"cortado/{helpers.DENSE_FILE}", {"format": "pt"})
     for name, words in (
         (small_phi, f"es un Phi sin memoria Engram. Injértasela con: python load_phi_engram.py --modelo {small_phi}"),
         ("phi1-engram", "No existe la carpeta «phi1-engram». Se crea con: python load_phi_engram.py"),
@@ -425,6 +425,8 @@ AT_THE_HUB = f"""if True:
     model.save_pretrained("modelo"), tokenizer.save_pretrained("modelo")
     api.create_repo("usuario/subido", private=True)
     api.upload_folder(repo_id="usuario/subido", folder_path="modelo")
+    api.create_repo("usuario/empujado", private=True)
+    api.upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="usuario/empujado")
     model.push_to_hub("usuario/empujado", private=True, token="hf_prueba")
     ids = torch.tensor([[1, 2, 3]])
     os.environ["HF_TOKEN"] = "hf_prueba"  # private repositories from here on
@@ -455,8 +457,10 @@ def test_hub(small_phi, tmp_path):
         assert "acceso restringido" in says["cerrado"] and ".bin y .pt se rechazan" in says["en-bin"]
         assert "no es un Phi (model_type: gpt2)" in says["gpt"]
         assert hub.private["usuario/subido"] and hub.private["usuario/empujado"]
-        expected = {"config.json", "generation_config.json", "model.safetensors", "phi1_engram.py", "tokenizer.json"}
+        expected = {"config.json", "generation_config.json", helpers.DENSE_FILE, "phi1_engram.py", "tokenizer.json"}
         assert expected <= set(hub.repos["usuario/subido"])
+        assert expected - {"tokenizer.json"} <= set(hub.repos["usuario/empujado"])
+        assert "model.safetensors" not in hub.repos["usuario/empujado"]
         assert ("POST", "/api/repos/create", "Bearer hf_prueba") in hub.requests
 
 

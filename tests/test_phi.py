@@ -224,6 +224,47 @@ def test_inputs_embeds_beside_ids_through_generate(make_model, kw):
     assert (other.logits[0] - expected.logits[0]).abs().max() > 0.1
 
 
+def test_inputs_embeds_beside_ids_over_turns_of_a_chat(make_model):
+    """A cache kept by the caller: `generate` takes the whole conversation, and feeds what is new of both."""
+    model = make_model()
+    ids = helpers.random_ids(model, 2, 9)
+    embeds = model.model.embed_tokens(ids).detach()
+    kw = dict(max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        cache = model(ids[:, :5]).get(CACHE)
+        assert torch.equal(model.generate(ids, inputs_embeds=embeds, **{CACHE: cache}, **kw), model.generate(ids, **kw))
+
+
+@pytest.mark.parametrize("wrong", [-1, -2, -100, 320, 50256])
+def test_ids_that_are_no_tokens(make_model, wrong):
+    model = make_model()
+    ids = helpers.random_ids(model, 2, 6)
+    embeds = model.model.embed_tokens(ids).detach()
+    ids[1, 3] = wrong
+    for call in (
+        lambda: model(ids), lambda: model(ids, inputs_embeds=embeds), lambda: model.model.ngram_indices(ids),
+        lambda: model.generate(ids, max_new_tokens=2),
+        lambda: model.generate(ids, inputs_embeds=embeds, max_new_tokens=2),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"input_ids tiene {wrong}, que no es un token: van de 0 a .*=319"):
+            call()
+
+
+@pytest.mark.parametrize("length", [1, 5, 7])
+def test_ids_and_vectors_of_different_lengths(make_model, length):
+    model = make_model()
+    embeds = model.model.embed_tokens(helpers.random_ids(model, 2, 6)).detach()
+    ids = helpers.random_ids(model, 2, length)
+    for call in (
+        lambda: model(ids, inputs_embeds=embeds),
+        lambda: model.generate(ids, inputs_embeds=embeds, max_new_tokens=2),
+        lambda: model.generate(ids, inputs_embeds=embeds, max_new_tokens=2, use_cache=False),
+        lambda: model(ids[:1].expand(3, -1), inputs_embeds=embeds[:, :length]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"hace falta un token por vector"):
+            call()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss and gradients
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,3 +349,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, monkeypatch
     for name in expected:
         assert expected[name].any(), name
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_over_a_filled_cache_is_refused(make_model):
+    model = make_model()
+    ids = helpers.random_ids(model, 1, 9)
+    cache = model(ids[:, :5]).get(CACHE)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="no se puede entrenar sobre una caché que ya tiene tokens"):
+        model(ids[:, 5:], **{CACHE: cache})
+    with torch.no_grad():  # nothing is recomputed here
+        assert model(ids[:, 5:], **{CACHE: cache}).get(CACHE).get_seq_length() == 9

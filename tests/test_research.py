@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import helpers
+from phi1_engram import PhiEngramForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "DOCUMENTACION_TECNICA.md").read_text(encoding="utf-8").partition("## 10. ")[2]
@@ -69,7 +70,7 @@ def test_lm_evaluation_harness(place, made, tokenizer):
     assert done.returncode == 0, done.stderr
     assert "|python_minimo|" in done.stdout
     samples = next((place / "salida").rglob("samples_*.jsonl")).read_text().splitlines()
-    assert len(samples) == 8
+    assert len(samples) == 4
     for sample in map(json.loads, samples):
         question = sample["doc"]
         ours = [continued(made, tokenizer, question["inicio"], option) for option in question["opciones"]]
@@ -86,6 +87,19 @@ def test_lora_beside_the_memory(place):
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[1]) for line in done.stdout.splitlines() if re.match(r"\d ", line)]
     assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+def test_trl_with_rows_that_change_where_they_are_read(place, made):
+    pytest.importorskip("trl", reason="trl is not installed")
+    (place / "guia.py").write_text(block("python trainer", "SparseRows") + block("python trl", "SFTTrainer"))
+    done = subprocess.run(
+        [sys.executable, "guia.py"], cwd=place, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    states = [PhiEngramForCausalLM.from_pretrained(place / name).state_dict() for name in ("entrenado", "ajustado")]
+    name = "model.engram_tables.1.weight"
+    first, second = states[0][name] != made.state_dict()[name], states[1][name] != states[0][name]
+    assert 0 < first.any(-1).sum() < len(first) and 0 < second.any(-1).sum() < len(second)
 
 
 def test_transformers_serve(place, made, tokenizer):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ IDS = [[5, 17, 300, 5, 17, 300, 50300, 9]]
 ELSEWHERE = """
 import importlib.util, json, sys
 import torch, transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder, sharded, again = sys.argv[1:]
 assert not any(importlib.util.find_spec(name) for name in ("phi1_engram", "helpers", "conftest"))
@@ -43,6 +44,8 @@ transformers.AutoTokenizer.from_pretrained = forbidden
 model, result["logits"] = logits(folder)
 result["sharded"] = logits(sharded, dtype=torch.float16)[1]
 result["device_map"] = logits(sharded, dtype=torch.float16, device_map="auto")[1]
+with torch.no_grad():
+    result["hidden"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state.tolist()
 transformers.AutoTokenizer.from_pretrained = opened
 
 result["greedy"] = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False).tolist()
@@ -71,22 +74,65 @@ def shared(tmp_path_factory, tokenizer):
     return model, folder, sharded
 
 
+# As above. Arguments: two folders whose code differs, and where to save the second again.
+TWO_CODES = """
+import importlib, json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+first, second, again = sys.argv[1:]
+ids = torch.tensor(IDS)
+code = lambda thing: importlib.import_module(type(thing).__module__).MARK
+marks, logits = [], []
+for folder in (first, second, first, second):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    stack = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    writer = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu").model
+    marks.append([code(thing) for thing in (model, stack, config, writer, model.config, model.model)])
+    logits.append(model(ids).logits[0, :, :64].tolist())
+model.save_pretrained(again)
+marks.append([code(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True))])
+print("RESULT" + json.dumps([marks, logits]))
+"""
+
+
+def alone(script, *arguments, cwd, home):
+    """What `script`, in which nothing of ours can be imported, prints after RESULT."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", f"IDS, PROMPT = {IDS!r}, {PROMPT!r}\n{script}", *arguments],
+        cwd=cwd, env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))[6:])
+
+
+@pytest.mark.parametrize("names", [("uno", "dos"), ("uno/modelo", "dos/modelo")])
+def test_two_folders_run_their_own_code_each(shared, tmp_path, names):
+    _, folder, _ = shared
+    changes = {"uno": ("", ""), "dos": ("logits = self.lm_head(", "logits = 2 * self.lm_head(")}
+    for name in names:
+        shutil.copytree(folder, tmp_path / name)
+        mark = name.split("/")[0]
+        code = CODE.read_text(encoding="utf-8").replace(*changes[mark])
+        (tmp_path / name / "phi1_engram.py").write_text(f"{code}\nMARK = {mark!r}\n", encoding="utf-8")
+    (tmp_path / "cwd").mkdir()
+    folders = [tmp_path / name for name in (*names, "otra")]
+    marks, logits = alone(TWO_CODES, *folders, cwd=tmp_path / "cwd", home=tmp_path / "home")
+    assert marks == [["uno"] * 6, ["dos"] * 6] * 2 + [["dos"]]
+    logits = torch.tensor(logits)
+    assert torch.equal(logits[1], 2 * logits[0]) and torch.equal(logits[2:], logits[:2])
+
+
 @pytest.fixture(scope="module")
 def elsewhere(shared, tmp_path_factory):
     """What a process finds that has nothing of ours but the folders."""
     _, folder, sharded = shared
     cwd = tmp_path_factory.mktemp("elsewhere")
     home = tmp_path_factory.mktemp("home")  # an empty cache: no tokenizer of microsoft/phi-1 either
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    script = f"IDS, PROMPT = {IDS!r}, {PROMPT!r}\n{ELSEWHERE}"
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", script, folder, sharded, cwd / "again"],
-        cwd=cwd, env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))
-    return {**json.loads(line[6:]), "folder": cwd / "again"}
+    return {**alone(ELSEWHERE, folder, sharded, cwd / "again", cwd=cwd, home=home), "folder": cwd / "again"}
 
 
 @torch.no_grad()
@@ -97,11 +143,12 @@ def logits(model):
 def test_what_is_written(shared):
     _, folder, sharded = shared
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "phi1_engram.py", "tokenizer.json"} <= names
+    assert {helpers.DENSE_FILE, "config.json", "generation_config.json", "phi1_engram.py", "tokenizer.json"} <= names
     assert (folder / "phi1_engram.py").read_bytes() == CODE.read_bytes()
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == {
-        "AutoConfig": "phi1_engram.PhiEngramConfig", "AutoModelForCausalLM": "phi1_engram.PhiEngramForCausalLM",
+        "AutoConfig": "phi1_engram.PhiEngramConfig", "AutoModel": "phi1_engram.PhiEngramModel",
+        "AutoModelForCausalLM": "phi1_engram.PhiEngramForCausalLM",
     }  # fmt: skip
     assert config["architectures"] == ["PhiEngramForCausalLM"] and config["model_type"] == "phi_engram"
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 50256
@@ -113,6 +160,9 @@ def test_what_is_written(shared):
 def test_another_process_gets_the_same_logits(shared, elsewhere):
     model, _, _ = shared
     torch.testing.assert_close(torch.tensor(elsewhere["logits"]), logits(model), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor(IDS)).last_hidden_state
+    torch.testing.assert_close(torch.tensor(elsewhere["hidden"]), hidden, rtol=0, atol=1e-6)
 
 
 def test_another_process_generates_the_same(shared, elsewhere, tokenizer):
@@ -231,7 +281,7 @@ def test_tied_and_untied_heads_survive(make_model, tmp_path, tied):
 def test_the_code_file_imports_only_what_everyone_has():
     """transformers refuses remote code when a package of any `import` outside a `try` is missing."""
     allowed = {"torch", "transformers", "numpy", "tokenizers", "sympy", "accelerate"} | set(sys.stdlib_module_names)
-    allowed |= {"safetensors"}  # a part of transformers
+    allowed |= {"safetensors", "huggingface_hub"}  # transformers brings them
     tree = ast.parse(CODE.read_text())
     guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
     for node in ast.walk(tree):

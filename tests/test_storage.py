@@ -258,7 +258,7 @@ def test_table_files_are_plain_safetensors_that_begin_on_a_page(saved):
         assert rows.dtype == dtype and (file.stat().st_size - rows.nbytes) == 4096
     assert torch.equal(load_file(folders["float32"] / file.name)["model.engram_tables.2.weight"],
                        model.model.engram_tables["2"].weight)  # fmt: skip
-    with safe_open(folders["float32"] / "model.safetensors", "pt") as backbone:
+    with safe_open(folders["float32"] / helpers.DENSE_FILE, "pt") as backbone:
         assert not [name for name in backbone.keys() if "engram_tables" in name]
 
 
@@ -398,6 +398,11 @@ def test_a_checkpoint_without_its_table_says_which_is_missing(saved, tmp_path):
     _, folders = saved
     shutil.copytree(folders["float32"], tmp_path / "it")
     (tmp_path / "it" / "model-engram-2.safetensors").unlink()
+    with pytest.raises(EngramFileError, match="le falta el archivo de la memoria model-engram-2.safetensors"):
+        opened(tmp_path / "it")
+    # Without an index nothing says that there was one, as in what earlier versions saved.
+    (tmp_path / "it" / "model.safetensors.index.json").unlink()
+    (tmp_path / "it" / helpers.DENSE_FILE).rename(tmp_path / "it" / "model.safetensors")
     model, info = opened(tmp_path / "it", output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.engram_tables.2.weight"}
     assert not model.model.engram_tables["2"].weight.any()

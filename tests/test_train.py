@@ -235,7 +235,7 @@ def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypa
     assert done.returncode == 0, done.stderr
     assert "ni un bit" in done.stdout and "tokens/s" in done.stderr
     folder = tmp_path / "phi1-engram-trained"
-    expected = {"config.json", "generation_config.json", "model.safetensors", "phi1_engram.py", "tokenizer.json"}
+    expected = {"config.json", "generation_config.json", helpers.DENSE_FILE, "phi1_engram.py", "tokenizer.json"}
     expected |= {"README.md", "entrenamiento.jsonl", "perdidas.png"}
     assert expected <= {path.name for path in folder.iterdir()}
     assert not (tmp_path / "phi1-engram-trained-checkpoints").exists()

@@ -42,7 +42,7 @@ PLACES = {
     "guardar el resultado": (training, "save_trained"),
     "borrar los puntos de control": (training, "discard"),
 }
-OUTPUT = "entrenado"
+OUTPUT, DENSE_FILE = "entrenado", "model-00001-of-00001.safetensors"
 OPTIONS = ["--modelo", "modelo", "--datos", "texto", "--salida", OUTPUT, "--longitud", "64", "--lote", "2"]
 OPTIONS += ["--acumular", "2", "--pasos-fase1", "12", "--pasos-fase2", "12", "--guardar-cada", "4"]
 
@@ -170,7 +170,7 @@ def main():
         assert code == 0, (whole / "registro.txt").read_text()
         print(f"Entrenamiento sin interrumpir: {time.perf_counter() - started:.1f} s")
         measured = json.loads((whole / "medidas.json").read_text())
-        expected = (whole / OUTPUT / "model.safetensors").read_bytes()
+        expected = (whole / OUTPUT / DENSE_FILE).read_bytes()
         places = list(PLACES)
         while done < args.veces:
             place = places[done % len(places)]
@@ -186,7 +186,7 @@ def main():
                 shutil.rmtree(folder)
                 continue
             saved = [path.name for path in (folder / f"{OUTPUT}-checkpoints").glob("fase-*")]
-            weights = folder / OUTPUT / "model.safetensors"
+            weights = folder / OUTPUT / DENSE_FILE
             ready = weights.exists()
             resumed = in_child(folder, "registro-2.txt", lambda: train.main([*OPTIONS, "--reanudar"]))
             log = (folder / "registro-2.txt").read_text(encoding="utf-8", errors="replace")

@@ -76,9 +76,13 @@ def resident(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
-    """Some steps of the training loop itself on random tokens. Returns seconds per step."""
+def train(fields: dict, choice: Choice, phase: int, steps: int) -> dict:
+    """Some steps of the training loop itself on random tokens, on the card where there is one.
+
+    Returns {"seconds" per step, "losses", "scale" of float16's loss at the end}.
+    """
     model = PhiEngramForCausalLM(PhiEngramConfig(**fields))
+    model.move_memory(choice.place)
     recipe = replace(
         PHI_1_RECIPE, batch=choice.batch, length=choice.length, accumulate=choice.accumulate,
         optimizer=choice.optimizer, row_state=choice.row_state, recompute=choice.recompute,
@@ -91,7 +95,9 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
         parameter.requires_grad_(phase == 2 or "engram" in name)
     accelerator = make_accelerator(choice.shard_model)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (steps + 1) * recipe.tokens_per_step)
-    with TrainedTables(model, recipe.row_state, WORLD) as tables:
+    losses = []
+    with TrainedTables(model, recipe.row_state, WORLD, device=accelerator.device) as tables:
+        model.to(accelerator.device)
         for part in tables.parts.values():
             for tensor in (part.weight, part.first, part.second):
                 if tensor is not None:
@@ -99,8 +105,13 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> float:
         optimizer = make_optimizer(model, 1e-5, 1e-5, 1e-5, 0.1, recipe.optimizer, tables)
         model, optimizer = prepare(accelerator, model, optimizer)
         corpus = SimpleNamespace(train=tokens.astype(np.uint16))
-        seconds = run_steps(accelerator, model, optimizer, corpus, recipe, steps=steps, label="")
-    return seconds / steps
+        seconds = run_steps(
+            accelerator, model, optimizer, corpus, recipe, steps=steps, label=f"Fase {phase}",
+            on_step=lambda step, loss, spent: losses.append(loss),
+        )  # fmt: skip
+        scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
+        accelerator.free_memory()
+    return dict(seconds=seconds / steps, losses=losses, scale=scale)
 
 
 def one(number: int, steady: bool) -> dict:
@@ -112,7 +123,7 @@ def one(number: int, steady: bool) -> dict:
         steady_allocator()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    seconds = train(fields, choice, phase, STEPS)
+    seconds = train(fields, choice, phase, STEPS)["seconds"]
     measured = resident("VmHWM") - before
     needs = account(PhiEngramConfig(**fields), choice, this_machine(), phase)["RAM"]
     planned = sum(needs.values()) - needs["Python y bibliotecas"]

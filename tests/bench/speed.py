@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import DynamicCache, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, gigabytes, run_script, spanish
@@ -53,6 +53,7 @@ MEMORY = dict(n_embed_per_ngram=512, n_head_per_ngram=8, engram_tokenizer_compre
 D_HEAD = 64
 ROWS = 256_000  # per head: 4.1 million slots
 DECODED = 32  # tokens per decoding measurement
+BLOCK = 131_071  # rows drawn for a table that is filled in memory; a prime, so that a wrong offset meets other rows
 # Opens a checkpoint as a new process does, and tells seconds, peak and resident memory beyond the libraries'.
 OPENER = """
 import re, sys, time
@@ -76,16 +77,19 @@ print(seconds, (kilobytes("VmHWM") - before) / 1e3, (kilobytes("VmRSS") - before
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pair(shape: dict, layers: list[int]):
+def pair(shape: dict, layers: list[int], device="cpu", dtype=torch.float32):
     """Plain Phi, and Phi with a memory that has no rows yet, on the very same weights."""
     torch.manual_seed(0)
-    plain = PhiForCausalLM(PhiConfig(**shape)).eval()
+    with torch.device(device):
+        plain = AutoModelForCausalLM.from_config(PhiConfig(**shape), dtype=dtype).eval()
     with torch.device("meta"):  # no second copy
         ours = PhiEngramForCausalLM(config(shape, layers, ROWS), empty_tables=True).eval()
     for layer_id in layers:
-        ours.model.layers[layer_id].engram.to_empty(device="cpu").apply(ours._init_weights)
-        torch.nn.init.normal_(ours.model.layers[layer_id].engram.conv.weight, 0, 0.02)
-    ours.model.rotary_emb = PhiRotaryEmbedding(ours.config)
+        engram = ours.model.layers[layer_id].engram.to_empty(device=device).apply(ours._init_weights)
+        torch.nn.init.normal_(engram.conv.weight, 0, 0.02)
+        engram.to(dtype)
+    ours.model.rotary_emb = PhiRotaryEmbedding(ours.config).to(device)
+    ours.model.engram_hash.to_empty(device=device).reset_buffers()
     ours.load_state_dict(plain.state_dict(), strict=False, assign=True)
     return plain, ours
 
@@ -118,19 +122,34 @@ def write_backbone(ours, folder, rows: int):
     super(PhiEngramForCausalLM, other).save_pretrained(folder)
 
 
+def filled(n_rows: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    """Rows in host memory, every page of them written: the first BLOCK of them again and again."""
+    weight = torch.empty(n_rows, D_HEAD, dtype=dtype)
+    block = (torch.randn(BLOCK, D_HEAD) * 0.02).to(dtype)
+    for rows in weight.split(BLOCK):
+        rows.copy_(block[: len(rows)])
+    return torch.nn.Parameter(weight, requires_grad=False)
+
+
 class Variant:
-    """The memory in one place and precision; the backbone is shared."""
+    """The memory in one place and precision; the backbone is shared. Without a folder its rows are in no file."""
 
     def __init__(self, ours, folder, rows, place, prefetch=True):
         settings = with_rows(ours, rows)
         self.ours, self.hash, self.tables = ours, EngramHash(settings), torch.nn.ModuleDict()
         self.hash.reset_buffers()
+        self.hash.to(ours.device)
         for layer_id, primes in zip(settings.engram_layer_ids, head_primes(settings)):
             table = self.tables[str(layer_id)] = EngramTable(sum(map(sum, primes)), D_HEAD, empty=True)
-            path = Path(folder, TABLE_FILE.format(layer_id))
-            table.file = TableFile(path, f"model.engram_tables.{layer_id}.weight", table.n_rows, D_HEAD)
+            if folder is None:
+                table.weight = filled(table.n_rows, ours.dtype)
+            else:
+                path = Path(folder, TABLE_FILE.format(layer_id))
+                table.file = TableFile(path, f"model.engram_tables.{layer_id}.weight", table.n_rows, D_HEAD)
             table.settle(place)
             table.prefetches = prefetch
+            if place == "gpu":
+                table.to(ours.device)
 
     def __call__(self):
         self.ours.model.engram_hash, self.ours.model.engram_tables = self.hash, self.tables
@@ -138,17 +157,32 @@ class Variant:
         return self.ours
 
 
+def turned_off(ours):
+    def model():
+        ours.model.use_memory = False
+        return ours
+
+    return model
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurements: seconds
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def wait_for(model):
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 @torch.inference_mode()
 def prefill(model, batch: int, length: int) -> float:
     """One forward pass over fresh tokens, last logits only as in `generate`."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
+    wait_for(model)
     start = time.perf_counter()
     model(ids, use_cache=True, logits_to_keep=1)
+    wait_for(model)
     return time.perf_counter() - start
 
 
@@ -156,16 +190,18 @@ def prefill(model, batch: int, length: int) -> float:
 def decode(model, batch: int, tokens: int = DECODED) -> float:
     """Per token, after a prompt of 64: the next token is drawn at random, so that rows are new ones."""
     cache = DynamicCache(config=model.config)
-    ids = torch.randint(0, model.config.vocab_size, (batch, 64 + tokens))
+    ids = torch.randint(0, model.config.vocab_size, (batch, 64 + tokens), device=model.device)
     model(ids[:, :64], **{CACHE: cache}, logits_to_keep=1)
+    wait_for(model)
     start = time.perf_counter()
     for i in range(64, 64 + tokens):
         model(ids[:, i : i + 1], **{CACHE: cache}).logits[:, -1:].argmax(-1)
+    wait_for(model)
     return (time.perf_counter() - start) / tokens
 
 
 def compare(measure, models: dict, repetitions: int, *arguments) -> dict:
-    """{name: {"seconds", "ratio", "quartiles"}}; the first of `models` is what the others are compared with."""
+    """{name: {"seconds", "ratio", "quartiles", "times"}}; ratios are to the first of `models`."""
     times = {name: [] for name in models}
     for _ in range(repetitions + 1):  # the first warms up
         for name, model in models.items():
@@ -175,6 +211,7 @@ def compare(measure, models: dict, repetitions: int, *arguments) -> dict:
         ratios = [a / b for a, b in zip(values[1:], first)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows[name] = dict(seconds=statistics.median(values[1:]), ratio=quartiles[1], quartiles=quartiles[::2])
+        rows[name]["times"] = values[1:]
     return rows
 
 
@@ -238,14 +275,10 @@ def small(results, work, quick):
         write_backbone(ours, work / precision, ROWS)
     plain.save_pretrained(work / "plain")
 
-    def off():
-        ours.model.use_memory = False
-        return ours
-
     places = {f"{place}, {name}": Variant(ours, work / name, ROWS, place) for name in precisions for place in PLACES}
     last = precisions[-1]
     places[f"disco, {last}, sin adelantar la lectura"] = Variant(ours, work / last, ROWS, "disco", prefetch=False)
-    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, **places}
+    models = {"Phi de transformers": lambda: plain, "memoria apagada": turned_off(ours), **places}
     repetitions = 7 if quick else 11
     measured = results["512x8"] = {}
     for name, measure, arguments in (
@@ -290,11 +323,8 @@ def phi_1(results, work, quick):
     print(f"auto: {place}, {reason}", flush=True)
     variant = Variant(ours, work / "phi1", ROWS, place)
 
-    def off():
-        ours.model.use_memory = False
-        return ours
-
-    models = {"Phi de transformers": lambda: plain, "memoria apagada": off, f"auto ({place}), float16": variant}
+    models = {"Phi de transformers": lambda: plain, "memoria apagada": turned_off(ours)}
+    models[f"auto ({place}), float16"] = variant
     measured = results["phi-1"] = {
         "prefill 1×256": compare(prefill, models, 3 if quick else 7, 1, 256),
         "decodificar, lote 1": compare(lambda model: decode(model, 1, 4), models, 3 if quick else 7),

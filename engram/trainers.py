@@ -1,0 +1,148 @@
+"""transformers' `Trainer` and those built on it, with rows that cost and change only where they are read.
+
+    class Entrenador(SparseRows, Trainer): pass          # or TRL's SFTTrainer
+
+Left to themselves they give the whole table to AdamW: a step costs by its size, and weight decay shrinks rows that no
+text has read.
+"""
+
+from torch import nn
+
+from engram.optimizers import EngramOptimizer
+from engram.rows import TrainedTables
+
+ROW_FACTOR = 5  # the rows' rate over the rest's, as in the paper
+
+
+class SparseRows:
+    """Goes before a Trainer in the list of base classes. Checkpoints, resuming and the best model are the Trainer's.
+
+    `row_rate` may be set on the class or the instance before `train`; by default ROW_FACTOR times the learning rate.
+    The schedule is the Trainer's; so is clipping, of dense gradients and rows' together. Nothing of the memory decays.
+    Where the rows do not require a gradient (beside LoRA, say) they stay as they are.
+
+    Raises (from `train`):
+        ValueError: rows that are not float32, that another package wraps, or a model that is divided between cards.
+    """
+
+    row_rate: float | None = None
+    _rows: TrainedTables | None = None
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._rows is not None:
+                self._rows.release()
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "engram" not in name]
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None:
+            if self._rows is None:
+                raise ValueError(
+                    "SparseRows pone su propio optimizador para las filas: en vez de optimizers=(…), elige el de lo "
+                    "demás con optim=… en los argumentos, o con optimizer_cls_and_kwargs=(clase, opciones)."
+                )
+            self._rows.take()  # trained again
+            return self.optimizer
+        rows = self._trainable_rows()
+        if rows is None:
+            return super().create_optimizer(model)
+        self._rows = rows
+        rows.take()  # now, because a parameter that requires a gradient would go to the dense optimiser
+        dense = super().create_optimizer(model)
+        self.optimizer = RowOptimizer(dense, rows, self.row_rate or ROW_FACTOR * self.args.learning_rate)
+        return self.optimizer
+
+    def _trainable_rows(self):
+        def has_tables(module):
+            return "engram_tables" in dict(getattr(module, "model", module).named_children())
+
+        inner = next(filter(has_tables, self.model.modules()))  # what LoRA wraps, perhaps
+        tables = list(inner.model.engram_tables.values())
+        if not any(parameter.requires_grad for table in tables for parameter in table.parameters()):
+            return None
+        if any(hasattr(table, "modules_to_save") for table in tables):
+            raise ValueError(
+                "peft ha hecho una copia de las tablas: quita engram_tables de modules_to_save, o no uses SparseRows."
+            )
+        kinds = {str(table.dtype).removeprefix("torch.") for table in tables}
+        if kinds != {"float32"}:
+            raise ValueError(
+                f"Las filas están en {', '.join(sorted(kinds))} y se entrenan en float32: abre el modelo con "
+                'dtype="float32" y engram_storage="ram". La media precisión se pide con bf16=True o fp16=True.'
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1:
+            raise ValueError(
+                "SparseRows no admite FSDP, DeepSpeed ni varias tarjetas en un solo proceso. Usa una tarjeta "
+                "(CUDA_VISIBLE_DEVICES=0), un proceso por tarjeta (accelerate launch --multi_gpu) o "
+                "train_phi_engram.py --repartir-modelo."
+            )
+        args = self.args
+        betas = args.adam_beta1, args.adam_beta2
+        return SeenTables(inner, world=args.world_size, device=args.device, betas=betas, eps=args.adam_epsilon)
+
+    def training_step(self, *args, **kwargs):
+        if self._rows is not None:
+            self._rows.hide()
+        loss = super().training_step(*args, **kwargs)
+        if self._rows is not None and self.accelerator.sync_gradients:
+            self._inner_optimizer().collect()
+            self._rows.show()
+        return loss
+
+    def _inner_optimizer(self):
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+
+class SeenTables(TrainedTables):
+    """Tables whose rows a Trainer goes on seeing as a parameter, that of the model: it saves and loads them."""
+
+    def take(self):
+        for part in self.parts.values():
+            part.weight = part.table.weight.detach() if part.table.weight is not None else part.weight
+            part.table.weight = nn.Parameter(part.weight, requires_grad=False)
+            part.table.read = part.read
+
+    def release(self):
+        self.hide()
+        for part in self.parts.values():
+            if part.table.read is not None:
+                part.reads = []
+                part.release()
+
+    def show(self):
+        """The rows of this step among the model's parameters, so that a gradient's norm counts them."""
+        for name, (_, rows) in self.pairs.items():
+            self.parts[name].table.rows_of_this_step = rows
+
+    def hide(self):
+        for part in self.parts.values():
+            if hasattr(part.table, "rows_of_this_step"):
+                del part.table.rows_of_this_step
+
+
+class RowOptimizer(EngramOptimizer):
+    """With the rows' state beside that of the rest: a Trainer keeps one file for all of it."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for part in self.tables.parts.values():
+            part.wait()  # whoever saves now reads the rows
+        self.tables.hide()
+
+    def state_dict(self):
+        parts = {name: part.tensors() for name, part in self.tables.parts.items() if part.steps}
+        rows = {name: {key: value for key, value in state.items() if key != "weight"} for name, state in parts.items()}
+        return {**super().state_dict(), "lr": self.rows["lr"], "rows": rows}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.rows["lr"] = state["lr"]
+        for name, part in self.tables.parts.items():
+            if name in state["rows"]:
+                part.load(dict(state["rows"][name], weight=part.weight).__getitem__)
+            else:
+                part.restart()
