@@ -812,7 +812,7 @@ class EngramFacts(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def set(self, keys: torch.LongTensor, lengths: torch.LongTensor, rows: torch.Tensor, device=None):
-        """Put `rows` [n, ...] under `keys` [n, LONGEST_KEY] of `lengths` [n]; a later row takes an earlier one's key."""
+        """Put `rows` [n, ...] under `keys` [n, LONGEST_KEY] of `lengths` [n]; of two with one key the later stays."""
         last = {tuple(key): place for place, key in enumerate(keys.tolist())}
         chosen = torch.tensor([*last.values()], dtype=torch.long)
         generator = torch.Generator().manual_seed(0)
@@ -1518,7 +1518,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.post_init()
 
     def _history(self, input_ids, real, cache):
-        """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last ones for the next call."""
+        """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
@@ -1818,7 +1818,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows."""
         folder, name = Path(folder), None
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{i}.{name}": getattr(fact, name) for i, fact in enumerate(self._facts) for name in ("keys", "rows")}
+        tensors = {}
+        for i, fact in enumerate(self._facts):
+            tensors |= {f"{i}.keys": fact.keys, f"{i}.rows": fact.rows}
         if tensors:
             bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
             name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
@@ -1865,7 +1867,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
                 ("layer", f"otra memoria en la capa {layer}, o esta se ha entrenado después"),
             ):
                 if own[kind] != digests.get(kind):
-                    raise ValueError(f"Los recuerdos de «{name}» no valen para este modelo: se escribieron con {words}.")
+                    raise ValueError(f"Los recuerdos de «{name}» no valen para este modelo: son de {words}.")
         return facts
 
     @torch.no_grad()

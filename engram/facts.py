@@ -34,7 +34,8 @@ OTHERS = (
     "The train leaves at seven, and the second one an hour later.\n\n",
 )
 OFTEN = 20  # times in the reference that make an n-gram a frequent one
-COMMON = 1000, 8  # the first merges of a byte-level BPE, an eighth of it at most, are the commonest pieces of a text
+# The first merges of a byte-level BPE are the commonest pieces of its text, and canonical ids are given in that order.
+COMMON = 700, 8  # the first canonical tokens, at most an eighth of all
 REFERENCE_BYTES = 2_000_000
 
 
@@ -152,16 +153,16 @@ def choose_key(one: Lesson, shortest: int, canonical, reference: Reference | Non
             "por ejemplo con de qué o de quién se habla."
         )
     common = min(COMMON[0], len(canonical) // COMMON[1])
-    for one.length in range(shortest, min(LONGEST_KEY, one.split) + 1):
+    for length in range(shortest, min(LONGEST_KEY, one.split) + 1):
+        one.length = length
         keys = one.keys(canonical)
         one.counts = tuple(reference.count([*key]) for key in keys) if reference else ()
-        rarest = max(one.ids[one.split - one.length : one.split])
-        if insist or (max(one.counts, default=0) < OFTEN and rarest >= common):
+        if insist or (max(one.counts, default=0) < OFTEN and max(keys[0]) >= common):
             return
     raise FactError(
-        f"«{one.prompt}» acaba en palabras muy corrientes (en el texto de referencia, {max(one.counts, default=0)} "
-        "veces), y el recuerdo saltaría donde no debe. Empieza antes o acaba en una palabra más rara: un nombre propio, "
-        "por ejemplo."
+        f"«{one.prompt}» acaba en palabras muy corrientes (salen {max(one.counts, default=0)} veces en el texto de "
+        "referencia), y el recuerdo saltaría donde no debe. Empieza antes, o acaba en una palabra más rara: un nombre "
+        "propio, por ejemplo."
     )
 
 
@@ -286,7 +287,7 @@ def holds(reader: Reader, one: Lesson, contexts) -> list[bool]:
     return (Writing(reader, one, contexts).margins() > 0).all(-1).tolist()
 
 
-def teach_all(reader: Reader, tokenizer, lessons: list[Lesson], replace=False, progress=lambda step: None) -> list[Fact]:
+def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda step: None) -> list[Fact]:
     """Write lessons whose keys are chosen, together, beside the facts that there are.
 
     Facts under the same prompt make way. Others that have an n-gram in common with a lesson are written once more,
@@ -321,8 +322,8 @@ def teach_all(reader: Reader, tokenizer, lessons: list[Lesson], replace=False, p
         rows = search(reader, writings, others, True, progress) if rows is None else rows
         if rows is None:
             raise FactError(
-                f"«{lessons[0].prompt}» no ha quedado: con {STEPS} pasos el modelo sigue sin decir lo que se le enseña. "
-                "Prueba con una continuación más corta o con un principio que la haga más natural."
+                f"«{lessons[0].prompt}» no ha quedado: tras {STEPS} pasos el modelo sigue sin decir lo que se le "
+                "enseña. Prueba con una continuación más corta o con un principio que la haga más natural."
             )
         facts = []
         for one in [*again, *lessons]:
