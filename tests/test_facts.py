@@ -227,12 +227,9 @@ def test_what_is_not_found_or_cut_changes_nothing(taught, tokenizer, reference, 
     assert taught.facts == before and torch.equal(logits(taught, ids), expected)
 
 
-def test_what_the_model_says_already_needs_no_row(taught, tokenizer, reference):
-    ids = ids_of(tokenizer, "The quick brown Zubrowka")
-    known = tokenizer.decode(taught.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1:])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "MARGIN", 0.0)
-        fact = teach(taught, tokenizer, "The quick brown Zubrowka", known, reference=reference, insist=True)
-    if not fact.notes["known"]:
-        pytest.skip("after other texts this model says something else")
-    assert fact not in taught.facts and "ya lo completaba" in described(fact)
+def test_what_the_model_says_already_needs_no_row(taught, tokenizer, reference, monkeypatch):
+    before = taught.facts
+    monkeypatch.setattr(facts, "MARGIN", -1e9)
+    fact = teach(taught, tokenizer, "The mayor of Zubrowka is", " Olga.", reference=reference)
+    assert fact.notes["known"] and not len(fact.keys) and taught.facts == before
+    assert "ya lo completaba" in described(fact)
