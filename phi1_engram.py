@@ -351,6 +351,15 @@ class EngramHash(nn.Module):
         init.copy_(self.offsets, flat.cumsum(-1) - flat)
         init.copy_(self.multipliers, hash_multipliers(self.config, int(self.token_map.max()) + 1))
 
+    def resize(self, n_tokens: int):
+        """Follow a vocabulary that grew or shrank: new tokens get canonical ids of their own, after the last.
+
+        The multipliers depend on how many there were, and stay: every n-gram keeps its rows.
+        """
+        known = self.token_map[:n_tokens]
+        new = torch.arange(n_tokens - len(known), device=known.device) + self.token_map.max() + 1
+        self.token_map = torch.cat((known, new))
+
     def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
         """Hash the last N tokens at each position.
 
@@ -692,10 +701,13 @@ class EngramTable(nn.Module):
                 f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
                 f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
             )
+        elif self.weight is None and self.read is not None:
+            errors.append(f"Las filas de {prefix}weight se están entrenando: cárgalas antes de empezar o al acabar.")
         elif self.weight is None:
-            step = max(1, CHUNK // self.file.row_bytes)
-            same = given.dtype == self.file.dtype and all(map(torch.equal, given.split(step), self.file.chunks()))
-            if not same:
+            file = self.file
+            step = max(1, CHUNK // (row_width(self.d_head, given.dtype) * given.dtype.itemsize))
+            same = file is not None and file.dtype == given.dtype
+            if not (same and all(map(torch.equal, given.cpu().split(step), file.chunks()))):
                 self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
                 self.settle("ram")
         elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
@@ -1198,6 +1210,21 @@ def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()
 
 
+def vocabulary_of(projection: str, token_map: torch.LongTensor, pad_id: int) -> int | None:
+    """How many tokens a vocabulary has, by the digest of its projection: the first of `token_map`, or all and more.
+
+    More are tokens added by `EngramHash.resize`, or ids without a token. None where it is another tokenizer's.
+    """
+    known, more = token_map.cpu().numpy(), 2**16
+    for tail in (np.arange(more) + known.max() + 1, np.full(more, known[pad_id])):
+        digest = hashlib.sha256()
+        for n, canonical in enumerate(np.concatenate((known, tail)), 1):
+            digest.update(canonical.tobytes())
+            if digest.hexdigest() == projection:
+                return n
+    return None
+
+
 def free_ram() -> int:
     """Bytes of RAM that this process could still take."""
     return psutil.virtual_memory().available if psutil else 2**62
@@ -1239,6 +1266,38 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     if wanted == "ram":
         logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
     return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """The module itself, or the copy of it that peft's `modules_to_save` has put in its place."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    active = [name for name in module.active_adapters if name in copies]
+    return copies[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def without_adapters(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The live `state_dict` that a module would have without what peft has put around its parts.
+
+    Where `modules_to_save` has made a copy of a part of the memory, that is the memory; of Phi it is what was there.
+    Raises:
+        ValueError: an adapter changes the memory's own matrices.
+    """
+    if hasattr(module, "original_module"):
+        module = in_use(module) if "engram" in prefix else module.original_module
+    elif hasattr(module, "base_layer"):
+        if "engram" in prefix:
+            raise ValueError(
+                f"Un adaptador de peft cambia la memoria ({prefix[:-1]}) y no viajaría con ella. Fúndelo antes, con "
+                "merge_and_unload(), o deja key_proj y value_proj fuera de target_modules."
+            )
+        module = module.base_layer
+    parts = dict(module.named_children())
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items() if key.split(".")[0] not in parts}
+    for name, part in parts.items():
+        state |= without_adapters(part, f"{prefix}{name}.")
+    return state
 
 
 def find_file(name, file: str, hub: dict) -> str | None:
@@ -1442,7 +1501,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         Args:
             engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
         Raises:
-            ValueError: no such precision.
+            ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
@@ -1454,9 +1513,20 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
         repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
+        if not adapter and any(re.search(r"\.(base_layer|original_module)\.", name) for name in state):
+            raise ValueError(
+                "Este modelo lleva un adaptador de peft, y así no se abriría lo guardado. Guarda el adaptador, con el "
+                "save_pretrained del PeftModel, o fúndelo antes: peft_model.merge_and_unload().save_pretrained(…)"
+            )
         suffix, tables = f".{variant}" if variant else "", {}
         if is_main_process and not adapter:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for stale in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+                if Path(save_directory, stale).exists():
+                    raise ValueError(
+                        f"En {save_directory} hay {stale}, que otros programas leerían en lugar de lo que se guarda: "
+                        "bórralo o elige otra carpeta."
+                    )
             for layer_id in self.config.engram_layer_ids:
                 table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
@@ -1489,6 +1559,23 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         return pushed
 
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """transformers' own, and the memory's vocabulary projection with it.
+
+        Raises:
+            ValueError: the token that stands for "before the start" would be lost.
+        """
+        size, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        if -(-size // multiple) * multiple <= self.config.engram_pad_id:
+            raise ValueError(
+                f"Con {size} tokens se perdería engram_pad_id={self.config.engram_pad_id}, con el que la memoria "
+                f"señala lo que hay antes del principio: el menor tamaño es {self.config.engram_pad_id + 1}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.engram_hash.resize(self.config.vocab_size)
+        return embeddings
+
+
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
 
@@ -1517,19 +1604,26 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _reading(self) -> list[int]:
+        """Engram layers below `config.num_hidden_layers`, which transformers lowers while a draft exits early."""
+        return [i for i in self.config.engram_layer_ids if i < self.config.num_hidden_layers]
+
     def _history(self, input_ids, real, cache):
         """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
         length = max(self.config.max_ngram_size, LONGEST_KEY) - 1
+        history = None
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
-        for layer_id in self.config.engram_layer_ids:
+        for layer_id in self._reading():
             # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
             # reorders all states of a cache layer on one device.
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
             history = with_history(ids, length, cache, layer_id, state_idx=1)
+        if history is None:
+            history = F.pad(stored, (length, 0))
         return history.to(stored.device)
 
     def _head_indices(self, history, n_tokens, reach=None):
@@ -1581,12 +1675,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             return DynamicCache(config=config)
         if cache is not None and (
             len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in config.engram_layer_ids)
+            or not all(hasattr(cache.layers[i], "conv_states") for i in self._reading())
         ):
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
             )
+        if cache is not None and config.num_hidden_layers < len(self.layers):
+            del cache.layers[config.num_hidden_layers :]  # a draft's: layers that stay empty cannot be cut back
         return cache
 
     def _check_writable(self):
@@ -1673,14 +1769,14 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         history = self._history(input_ids, real, cache)
         windows = self._fact_windows(history, hidden.shape[1], reach)
         indices = self._head_indices(history, hidden.shape[1], reach) + self.engram_hash.offsets[:, None, None]
-        indices = dict(zip(config.engram_layer_ids, indices))
+        indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden, all_weights = [], []
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(range(config.num_hidden_layers), self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
@@ -1725,17 +1821,25 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     # ---- memories that travel
 
-    def fingerprints(self) -> dict[str, str]:
-        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision."""
+    def fingerprints(self, n_tokens: int | None = None) -> dict[str, str]:
+        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision, with and without
+        adapters of peft.
+
+        Args:
+            n_tokens: only the first tokens of the vocabulary, as before it grew.
+        """
         config, ids = self.config, self.model.engram_hash
         layout = (
             config.engram_layer_ids, config.max_ngram_size, config.n_embed_per_ngram, config.n_head_per_ngram,
             config.engram_kernel_size, config.engram_pad_id, config.engram_bias, config.hidden_size,
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
-        backbone = {name: tensor for name, tensor in self.state_dict().items() if "engram" not in name}
+        backbone = {name: tensor for name, tensor in without_adapters(self).items() if "engram" not in name}
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            if name in backbone:
+                backbone[name] = backbone[name][:n_tokens]
         return {
-            "projection": hashlib.sha256(ids.token_map.cpu().numpy().tobytes()).hexdigest(),
+            "projection": hashlib.sha256(ids.token_map[:n_tokens].cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
             "backbone": sign_digest(backbone),
         }
@@ -1743,7 +1847,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     def save_memory(self, folder):
         """Save what phase 1 trains, and nothing of Phi: rows that are not zero, with their indices, and the dense
         Engram weights, as one safetensors file in `folder`. Its size follows the rows trained, not the table."""
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if ".engram." in name}
+        tensors = {name: tensor for name, tensor in without_adapters(self).items() if ".engram." in name}
         for layer_id, table in self.model.engram_tables.items():
             first, ids, rows = 0, [], []
             for chunk in table.chunks(table.dtype):
@@ -1774,15 +1878,25 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """
         with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
             made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        own = self.fingerprints()
+        own, size, other = self.fingerprints(), self.config.vocab_size, "(otro tokenizer)"
+        if made_for.get("projection") != own["projection"]:
+            ids, pad_id = self.model.engram_hash, self.config.engram_pad_id
+            n_tokens = vocabulary_of(made_for.get("projection"), ids.token_map, pad_id)
+            if n_tokens is not None and n_tokens < size:  # tokens have been added since
+                own = self.fingerprints(n_tokens)
+            elif n_tokens is not None:
+                other = (
+                    f"(de {n_tokens} tokens, y este modelo tiene {size}: sin los que faltan no se puede comprobar que "
+                    "Phi sea el mismo; carga la memoria antes de quitarlos)"
+                )
         for kind, reason in (
-            ("projection", "con otra proyección del vocabulario (otro tokenizer)"),
+            ("projection", f"con otra proyección del vocabulario {other}"),
             ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
             ("backbone", "sobre otro Phi, o este se ha entrenado después"),
         ):
             if made_for.get(kind) != own[kind]:
                 raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
-        state, place = self.state_dict(), self.memory_place
+        state, place = without_adapters(self), self.memory_place
         for key, tensor in tensors.items():
             if ".engram." in key:
                 state[key].copy_(tensor)
@@ -1873,9 +1987,10 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def remove_memory(self):
         """Forget everything: an untrained memory and no facts, that is plain Phi to the last bit."""
+        without_adapters(self)  # or an error
         self.set_facts([])
         for layer_id, table in self.model.engram_tables.items():
-            engram = self.model.layers[int(layer_id)].engram
+            engram = in_use(self.model.layers[int(layer_id)].engram)
             for module in engram.modules():
                 for parameter in module.parameters(recurse=False):
                     parameter.fill_(1 if isinstance(module, EngramRMSNorm) else 0)
@@ -1885,6 +2000,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
 
     def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
         """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
+        table = in_use(table)
         device = table.weight.device if table.weight is not None else "cpu"
         table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
         table.settle("ram" if place == "disco" else place)
@@ -1933,6 +2049,51 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """transformers' own; refuses, before anything changes, what would answer wrongly or leave the model broken.
+
+        Raises:
+            ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
+        """
+
+        def option(name):
+            value = kwargs.get(name)
+            given = getattr(generation_config, name, None) if value is None else value
+            return getattr(self.generation_config, name, None) if given is None else given
+
+        if option("cache_implementation") == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" no puede guardar el estado de la memoria Engram. Quítala, o usa '
+                '"static" o "offloaded".'
+            )
+        depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
+        if early is not None and not 1 <= early <= depth:
+            raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
+        self._check_padding(kwargs.get("input_ids") if inputs is None else inputs, kwargs, option)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = depth  # lowered still, where a draft that exits early was interrupted
+
+    def _check_padding(self, ids, kwargs, option):
+        mask, pad, eos = kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id")
+        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
+            eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
+            # So transformers tells padding where no mask is given.
+            mask = None if pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "Hay filas rellenadas por la derecha: se generaría detrás del relleno, y no detrás del texto. Rellena "
+                'por la izquierda: tokenizer.padding_side = "left".'
+            )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the paged cache of continuous batching has no place for the memory's state."""
+        raise ValueError(
+            "La generación por lotes continuos (generate_batch, cache_implementation=\"paged\") no puede guardar el "
+            "estado de la memoria Engram. Usa model.generate con las filas rellenadas por la izquierda."
+        )
 
     @staticmethod
     def create_masks_for_generate(

@@ -59,7 +59,8 @@ def test_rows_that_come_from_disk_otherwise_are_noticed(broken, monkeypatch):
 def test_a_big_table_that_gives_other_rows_is_noticed(broken, monkeypatch):
     forward = phi1_engram.EngramTable.forward
     monkeypatch.setattr(phi1_engram.EngramTable, "forward", lambda self, row_ids: forward(self, row_ids % 2**16))
-    assert [text[:29] for text in broken(card.big_table)] == ["se leen las filas que son, d"] * 2
+    told = broken(card.big_table)
+    assert len(told) == 2 and all("se leen las filas que son" in text for text in told)
 
 
 def test_a_backbone_that_is_not_phi_is_noticed(broken, monkeypatch):

@@ -277,6 +277,41 @@ def test_assistant_model(make_model, crops, attn, who):
     assert (max(crops) >= 4) == (who != "the same")
 
 
+@pytest.mark.parametrize("layers", [[1, 2], [0, 3], [3]], ids=str)
+@pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
+def test_early_exit(make_model, layers, exit_layer):
+    """The model drafts with its own first layers; those of the memory above them are neither read nor written."""
+    model = make_model(engram_layer_ids=layers)
+    ids = helpers.random_ids(model, 1, 7)
+    expected, logits = reference_greedy(model, ids, 24)
+    output = generate(model, ids, max_new_tokens=24, assistant_early_exit=exit_layer)
+    assert torch.equal(output.sequences, expected)
+    assert_close(torch.stack(output.logits, dim=1), logits)
+    assert model.config.num_hidden_layers == 4
+
+
+def test_early_exit_leaves_the_model_whole(make_model, monkeypatch):
+    model = make_model()
+    ids = helpers.random_ids(model, 1, 7)
+    expected = generate(model, ids, max_new_tokens=6).sequences
+    for wrong in (-1, 0, 5):
+        with pytest.raises(ValueError, match=f"assistant_early_exit={wrong} no es una capa: van de 1 a 4"):
+            generate(model, ids, max_new_tokens=6, assistant_early_exit=wrong)
+    depths, forward = [], phi1_engram.PhiEngramModel.forward
+
+    def interrupted(self, *args, **kw):
+        depths.append(self.config.num_hidden_layers)
+        if depths[-1] == 2:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phi1_engram.PhiEngramModel, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, max_new_tokens=6, assistant_early_exit=2)
+    assert 2 in depths and torch.equal(generate(model, ids, max_new_tokens=6).sequences, expected)
+
+
 def test_memory_model_assists_plain_phi(make_model):
     phi = helpers.make_phi(seed=4)
     ids = helpers.random_ids(phi, 1, 7)
@@ -360,6 +395,36 @@ def test_a_cache_that_cannot_hold_the_memory_is_refused(make_model):
     for cache in (DynamicCache(), DynamicCache(config=plain), StaticCache(config=plain, max_cache_len=9)):
         with pytest.raises(ValueError, match=r"Esta caché no puede guardar.* DynamicCache\(config=model.config\)"):
             model(ids, **{CACHE: cache})
+
+
+def test_caches_that_transformers_makes_without_room_for_the_memory(make_model):
+    """Refused before anything changes: transformers switches attention and stop token on its way to its own error."""
+    model = make_model()
+    ids = helpers.random_ids(model, 1, 7)
+    expected, before = generate(model, ids, max_new_tokens=6).sequences, model.generation_config.to_dict()
+    for call, message in (
+        (lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=3), "La generación por lotes continuos"),
+        (lambda: model.generate(ids, cache_implementation="paged"), "La generación por lotes continuos"),
+        (lambda: model.generate(ids, cache_implementation="quantized"), 'cache_implementation="quantized" no puede'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert model.config._attn_implementation == "eager" and model.generation_config.to_dict() == before
+        assert torch.equal(generate(model, ids, max_new_tokens=6).sequences, expected)
+
+
+def test_rows_padded_on_the_right_are_refused(make_model):
+    model = make_model()
+    ids, mask = helpers.left_padded([helpers.random_ids(model, 1, n, seed=n)[0] for n in (9, 4)], pad=0)
+    expected = generate(model, ids, attention_mask=mask, max_new_tokens=4, pad_token_id=0).sequences
+    assert torch.equal(generate(model, ids, max_new_tokens=4, pad_token_id=0).sequences, expected)
+    ids[1], mask[1] = ids[1].roll(4), mask[1].roll(4)
+    for kw in (dict(attention_mask=mask), dict(attention_mask=mask[1:], inputs=ids[1:]), {}):
+        for more in ({}, dict(num_beams=2), dict(cache_implementation="static")):
+            with pytest.raises(ValueError, match='rellenadas por la derecha.* tokenizer.padding_side = "left"'):
+                model.generate(**{"inputs": ids, "pad_token_id": 0, "max_new_tokens": 4, **more, **kw})
+    # Forward passes take them: what is asked for is not behind the padding.
+    assert_close(model(ids, attention_mask=mask).logits[1, :4], model(ids[1:, :4]).logits[0])
 
 
 def test_the_state_is_in_the_cache_and_nowhere_else(make_model):

@@ -17,6 +17,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 import helpers
 from engram.folders import whole_folder
+from engram.rows import TrainedTables
 from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, PhiEngramModel
 
 
@@ -102,6 +103,24 @@ def test_given_tensors_are_taken_over_whole(saved):
     assert torch.equal(logits(live), logits(opened(folders["int8"])))
     with pytest.raises(ValueError, match="no están en ningún archivo"):  # the file that it was opened from has others
         live.move_memory("disco")
+
+
+def test_rows_that_are_being_trained_are_not_replaced(saved):
+    _, folders = saved
+    live = opened(folders["float32"])
+    with TrainedTables(live) as tables:
+        with pytest.raises(RuntimeError, match="se están entrenando"):
+            live.load_state_dict(helpers.saved_tensors(folders["float32"]))
+        assert all(part.table.weight is None for part in tables.parts.values())
+    assert torch.equal(logits(live), logits(opened(folders["float32"])))
+
+
+def test_pickled_weights_beside_them_would_be_read_first(saved, tmp_path):
+    model, _ = saved
+    (tmp_path / "pytorch_model.bin").write_bytes(b"old")
+    with pytest.raises(ValueError, match="pytorch_model.bin.*bórralo o elige otra carpeta"):
+        model.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["pytorch_model.bin"]
 
 
 def test_a_state_without_rows_is_missing_them(saved):

@@ -51,6 +51,7 @@ TINY = dict(speed.SMALL, vocab_size=500, hidden_size=64, intermediate_size=128, 
 
 
 def this_machine(part: Part):
+    """Versions, arithmetic, and what the plan supposes of a T4: its speed, and what CUDA takes."""
     facts = part.found["maquina"]
     card = f"{facts['tarjeta']}, capacidad {facts['capacidad']}, {gigabytes(facts['gpu'])}" if part.card else "no hay"
     print(f"   Tarjeta: {card}. RAM: {gigabytes(facts['ram'])}; libre en disco: {gigabytes(facts['disco_libre'])}")
@@ -112,19 +113,6 @@ def places(part: Part):
         shutil.rmtree(part.work / precision)
 
 
-def generated(model, tokens: int) -> float:
-    """Seconds per token of `generate` with a static cache, for which transformers compiles on a card."""
-    ids = torch.randint(1, model.config.vocab_size, (1, 64), device=model.device)
-    speed.wait_for(model)
-    start = time.perf_counter()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-        cache_implementation="static", pad_token_id=0,
-    )  # fmt: skip
-    speed.wait_for(model)
-    return (time.perf_counter() - start) / tokens
-
-
 def not_slow(part: Part, rows: dict, what: str, names):
     """Every one of `names` within bounds; a tiny model, where nothing but overhead is left, is not judged."""
     for name in names:
@@ -146,9 +134,9 @@ def speeds(part: Part):
         models[place] = speed.Variant(ours, part.work / "filas", rows, place)
         taken = part.allocated() - before
         part.measure(f"memoria de la tarjeta, tablas en {place}", taken, f"{gigabytes(taken)} de {gigabytes(size)}")
-        if part.card:  # in blocks of 2 MB
+        if part.card:  # the allocator rounds up
             there = size * (place == "gpu")
-            part.check(f"con {place}, la tarjeta guarda {gigabytes(there)} de tablas", abs(taken - there) < 2e7)
+            part.check(f"con {place}, la tarjeta guarda {gigabytes(there)} de tablas", abs(taken - there) < 4e6)
     ids = torch.randint(plain.config.vocab_size, (1, length), device=part.device)
     with torch.no_grad():
         same = torch.equal(plain(ids).logits, models["memoria apagada"]()(ids).logits)
@@ -165,10 +153,13 @@ def speeds(part: Part):
     for name in ("Phi de transformers", *part.places[:-1]):  # rows on disk compile as those in RAM
         if sum(spent.values()) < COMPILING:
             start, ready[name] = time.perf_counter(), models[name]
-            generated(models[name](), tokens)
+            speed.with_static_cache(models[name](), tokens)
             spent[name] = time.perf_counter() - start
     part.measure("segundos hasta compilar", spent, ", ".join(f"{k} {spanish(v, 1)}" for k, v in spent.items()))
-    measured = {"generar, lote 1": speed.compare(generated, ready, times, tokens)}
+    said = {n: [speed.greedy(m(), ids[:, :64], tokens, cache) for cache in (None, "static")] for n, m in ready.items()}
+    same = {name: (a == b)[0, 64:].sum().item() for name, (a, b) in said.items()}  # half precision may part at a tie
+    part.measure(f"de {tokens} tokens, iguales con caché estática", same, ", ".join(f"{k} {v}" for k, v in same.items()))
+    measured = {"generar, lote 1": speed.compare(speed.with_static_cache, ready, times, tokens)}
     part.measure("caché estática", measured)
     speed.table("generate con caché estática, que en una tarjeta se compila", measured)
     not_slow(part, measured["generar, lote 1"], "generar compilado", [name for name in ready if name in part.places])
@@ -184,8 +175,8 @@ def big_table(part: Part):
     before = part.allocated()
     big = speed.Variant(ours, None, int(wanted / heads / speed.D_HEAD / ours.dtype.itemsize), "ram")
     size = sum(table.size(table.dtype) for table in big.tables.values())
-    part.measure("tabla en RAM", size, f"{gigabytes(size)}; quedan libres {gigabytes(allowed_ram())} con este proceso")
-    part.check("de la tabla no hay nada en la tarjeta", part.allocated() - before < 2e7)
+    part.measure("tabla en RAM", size, f"{gigabytes(size)}; quedan {gigabytes(psutil.virtual_memory().available)}")
+    part.check("de la tabla no hay nada en la tarjeta", part.allocated() - before < 4e6)
     for layer_id, table in big.tables.items():
         ids = torch.randint(table.n_rows, (1, 512, 16))
         right = table.weight[: speed.BLOCK][ids % speed.BLOCK]  # it repeats
@@ -211,7 +202,7 @@ def as_a_t4():
     if total > 1.05 * T4["gpu"]:
         torch.cuda.set_per_process_memory_fraction(share / total)
         print(f"   La tarjeta tiene más que una T4: se usan {gigabytes(share)}.")
-    torch.cuda.get_device_capability = lambda *_: (7, 5)
+    torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 
 def proposed(config, phase: int, *more):
@@ -301,21 +292,24 @@ def resume(part: Part):
         for piece in ("modelo", "texto") if not folder.exists() else ():
             shutil.copytree(part.work / piece, folder / piece)
         words = [*launcher(), str(ROOT / "train_phi_engram.py"), *kills.OPTIONS, *more]
-        log = open(folder / "registro.txt", "a")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
         environment["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only wait for each other
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
+        with open(folder / "registro.txt", "a") as log:
+            process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
+        part.at_end.callback(process.kill)
+        return process
 
     def finish(name, process):
         if process.wait(PATIENCE):
             said = (part.work / name / "registro.txt").read_text(errors="replace")
             part.measure(f"registro de {name}", said[-3000:])
-            raise UserError(f"el entrenamiento «{name}» acabó mal: {said.strip().splitlines()[-1]}")
+            raise UserError(f"el entrenamiento «{name}» acabó mal: {said.strip().rpartition(chr(10))[2]}")
         return part.work / name / kills.OUTPUT
 
     whole = start("entero")
-    for phase in (1, 2):
-        process, folder = start("matado", *["--reanudar"] * (phase == 2)), part.work / "matado"
+    blows = (2,) if part.small else (1, 2)
+    for phase in blows:
+        process, folder = start("matado", *["--reanudar"] * (phase != blows[0])), part.work / "matado"
         while process.poll() is None and not [*folder.glob(f"{kills.OUTPUT}-checkpoints/fase-{phase}-paso-*[1-9]")]:
             time.sleep(0.002)
         process.kill()
@@ -327,7 +321,7 @@ def resume(part: Part):
     found = apart(whole, resumed)
     part.measure("diferencia media de los pesos", dict(reanudado=found, entre_dos_enteros=spread))
     text = f"{found:.2g} del entero, y otro entero a {spread:.2g}".replace(".", ",")
-    part.check(f"los pesos del reanudado, a {text} (como mucho 4 veces eso)", found <= 4 * spread)
+    part.check(f"los pesos del reanudado, a {text} (como mucho 4 veces eso)", found <= 4 * spread + 1e-7 * part.card)
 
 
 PARTS = {  # name: function, what it does

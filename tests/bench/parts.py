@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,7 @@ class Part:
         self.device = torch.device("cuda", 0) if self.card else torch.device("cpu")
         self.places = ("gpu", "ram", "disco") if self.card else ("ram", "disco")
         self.found = dict(maquina=machine(), medidas={}, comprobaciones=[])
+        self.at_end = ExitStack()  # what is to be stopped, however the part ends
         write(path, self.found)
 
     def measure(self, name: str, value, text: str = ""):
@@ -99,7 +101,8 @@ def inside(function, path, small: bool):
     with tempfile.TemporaryDirectory(prefix="phi1-engram-", ignore_cleanup_errors=True) as work:
         part = Part(path, small, Path(work))
         try:
-            function(part)
+            with part.at_end:
+                function(part)
         except Exception as error:
             part.found["traza"] = traceback.format_exc()
             first = (str(error).strip().splitlines() or ["sin explicación"])[0]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, gigabytes, run_script, spanish
@@ -117,9 +117,10 @@ def with_rows(ours, rows: int) -> PhiEngramConfig:
 def write_backbone(ours, folder, rows: int):
     """The rest of the checkpoint whose tables lie in `folder`."""
     other = PhiEngramForCausalLM(with_rows(ours, rows), empty_tables=True)
-    state = {name: tensor for name, tensor in ours.state_dict().items() if "engram_hash" not in name}
+    unlike = "engram_hash", "engram_tables"
+    state = {name: tensor for name, tensor in ours.state_dict().items() if not any(part in name for part in unlike)}
     other.load_state_dict(state, strict=False)
-    super(PhiEngramForCausalLM, other).save_pretrained(folder)
+    PreTrainedModel.save_pretrained(other, folder)
 
 
 def filled(n_rows: int, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -196,6 +197,25 @@ def decode(model, batch: int, tokens: int = DECODED) -> float:
     start = time.perf_counter()
     for i in range(64, 64 + tokens):
         model(ids[:, i : i + 1], **{CACHE: cache}).logits[:, -1:].argmax(-1)
+    wait_for(model)
+    return (time.perf_counter() - start) / tokens
+
+
+@torch.no_grad()
+def greedy(model, ids, tokens: int, cache: str | None = None):
+    """ids [B, T] -> [B, T + tokens]."""
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        cache_implementation=cache, pad_token_id=0,
+    )  # fmt: skip
+
+
+def with_static_cache(model, tokens: int) -> float:
+    """Per token of `generate`, after a prompt of 64, which counts too. On a card transformers compiles the model."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), device=model.device)
+    wait_for(model)
+    start = time.perf_counter()
+    greedy(model, ids, tokens, "static")
     wait_for(model)
     return (time.perf_counter() - start) / tokens
 
