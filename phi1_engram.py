@@ -22,6 +22,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,7 @@ class EngramHash(nn.Module):
 
 TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
 MEMORY_FILE = "engram_memory.safetensors"
+FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
 PLACES = ("auto", "gpu", "ram", "disco")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -782,6 +784,69 @@ class EngramTable(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Facts: rows of whole n-grams, in front of what the table holds (engram/facts.py writes them)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+LONGEST_KEY = 12  # canonical tokens; the cache keeps one less
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What was taught once: after `prompt` comes `target`.
+
+    `keys` are canonical tokens, int64 [n, LONGEST_KEY] ending in the last `length` of them, -1 before; `rows` the
+    values that positions which end in one of them read, float32 [n, d_mem]; `notes` whatever else is to be kept.
+    """
+
+    prompt: str
+    target: str
+    layer: int
+    length: int
+    keys: torch.LongTensor
+    rows: torch.Tensor
+    notes: dict
+
+    def text(self) -> dict:
+        return dict(prompt=self.prompt, target=self.target, layer=self.layer, length=self.length, **self.notes)
+
+
+class EngramFacts(nn.Module):
+    """One layer's facts: a position whose last tokens are exactly a key reads that key's row. Empty, it does nothing.
+
+    No collision of hashes is possible: the whole key is compared.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.lengths: tuple[int, ...] = ()  # of the keys, ascending: the longest that fits is the one that is read
+        for name in ("codes", "keys", "rows", "multipliers"):
+            self.register_buffer(name, None, persistent=False)
+
+    def set(self, keys: torch.LongTensor, lengths: torch.LongTensor, rows: torch.Tensor, device=None):
+        """Put `rows` [n, ...] under `keys` [n, LONGEST_KEY] of `lengths` [n]; of two with one key the later stays."""
+        last = {tuple(key): place for place, key in enumerate(keys.tolist())}
+        chosen = torch.tensor([*last.values()], dtype=torch.long)
+        generator = torch.Generator().manual_seed(0)
+        self.multipliers = torch.randint(2**62, (LONGEST_KEY,), generator=generator) * 2 + 1
+        codes, order = ((keys[chosen] + 1) * self.multipliers).sum(-1).sort()
+        self.codes, self.keys, self.lengths = codes, keys[chosen][order], tuple(sorted(set(lengths.tolist())))
+        self.order = chosen[order]  # of the given rows, which a search for them may go on changing
+        self.rows = rows[self.order]
+        self.to(device)
+
+    def forward(self, rows: torch.Tensor, windows: torch.LongTensor) -> torch.Tensor:
+        """rows [B, T, H, d_head]; windows int64 [B, T, LONGEST_KEY], canonical, -1 before the start -> rows."""
+        for length in self.lengths:
+            own = F.pad(windows[..., -length:], (LONGEST_KEY - length, 0), value=-1)
+            codes = ((own + 1) * self.multipliers).sum(-1)
+            place = torch.searchsorted(self.codes, codes).clamp_max(len(self.codes) - 1)
+            same = (self.keys[place] == own).all(-1)[..., None, None]
+            rows = torch.where(same, self.rows[place].view(*rows.shape), rows)
+        return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Engram layer: rows + hidden -> Y. Knows nothing of tokens or storage
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -868,8 +933,16 @@ class EngramLayer(nn.Module):
         self.key_proj = nn.Linear(d_mem, config.hidden_size, bias=config.engram_bias)
         self.value_proj = nn.Linear(d_mem, config.hidden_size, bias=config.engram_bias)
         self.gate = EngramGate(config.hidden_size)
+        self.draw = config.engram_seed, layer_idx, config.initializer_range
         self.conv_norm = EngramRMSNorm(config.hidden_size, eps=1e-5)
         self.conv = EngramShortConv(config.hidden_size, config.engram_kernel_size, config.max_ngram_size)
+
+    def fresh_projection(self, place: int) -> torch.Tensor:
+        """The weight that an untrained graft's key (0) or value (1) projection has: the same for everybody, so that
+        facts written into one graft hold in another of the same Phi."""
+        seed, layer_idx, std = self.draw
+        generator = torch.Generator().manual_seed((seed * 10007 + layer_idx) * 2 + place)
+        return torch.empty(self.key_proj.weight.shape).normal_(0, std, generator=generator)
 
     def forward(
         self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None,
@@ -1282,6 +1355,9 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, EngramLayer):
+            for place, projection in enumerate((module.key_proj, module.value_proj)):
+                init.copy_(projection.weight, module.fresh_projection(place))
         elif isinstance(module, PhiRotaryEmbedding):
             init.copy_(module.inv_freq, module.inverse_frequencies())
         else:
@@ -1317,6 +1393,11 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             model.move_memory(engram_storage)
         if model.can_generate() and model.generation_config.eos_token_id is None:  # as in Phi-1's published files
             model.generation_config.eos_token_id = model.config.eos_token_id
+        if empty and model.can_generate() and find_file(name, FACTS_FILE, source[2]) is not None:
+            try:
+                model.set_facts(model.read_facts(name, **source[2]))
+            except ValueError as error:
+                logger.warning(f"{error} Se abre sin ellos.")
         return (model, info) if output_loading_info else model
 
     # ---- where the memory's rows live
@@ -1463,6 +1544,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         )  # fmt: skip
         if tables:
             index_tables(Path(save_directory), suffix, tables)
+        if tables and self.can_generate():
+            self.save_facts(save_directory)
         if push_to_hub and is_main_process:
             self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
 
@@ -1509,6 +1592,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             }
         )
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.facts = nn.ModuleDict({str(layer_id): EngramFacts() for layer_id in config.engram_layer_ids})
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # Tokens that the memory looks back on.
@@ -1524,12 +1608,12 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         """Engram layers below `config.num_hidden_layers`, which transformers lowers while a draft exits early."""
         return [i for i in self.config.engram_layer_ids if i < self.config.num_hidden_layers]
 
-    def _head_indices(self, input_ids, real, cache, reach=None):
-        """int64 [L, B, T, H]; the last N-1 ids come from the cache, and stay in it for the next call."""
+    def _history(self, input_ids, real, cache):
+        """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
-        length = self.config.max_ngram_size - 1
+        length = max(self.config.max_ngram_size, LONGEST_KEY) - 1
         history = None
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
         for layer_id in self._reading():
@@ -1540,7 +1624,22 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             history = with_history(ids, length, cache, layer_id, state_idx=1)
         if history is None:
             history = F.pad(stored, (length, 0))
-        return self.engram_hash(history.to(stored.device), reach)
+        return history.to(stored.device)
+
+    def _head_indices(self, history, n_tokens, reach=None):
+        """int64 [L, B, T, H]."""
+        return self.engram_hash(history[:, -(n_tokens + self.config.max_ngram_size - 1) :], reach)
+
+    def _fact_windows(self, history, n_tokens, reach=None):
+        """Canonical tokens that facts are looked up by, int64 [B, T, LONGEST_KEY]; None where there is no fact."""
+        if not any(facts.lengths for facts in self.facts.values()):
+            return None
+        history = history[:, -(n_tokens + LONGEST_KEY - 1) :]
+        canonical = self.engram_hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
+        windows = canonical.unfold(1, LONGEST_KEY, 1)
+        if reach is None:
+            return windows
+        return windows.where(torch.arange(LONGEST_KEY - 1, -1, -1, device=reach.device) <= reach[..., None], -1)
 
     @torch.no_grad()
     def ngram_indices(
@@ -1556,7 +1655,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         check_ids(input_ids, None, self.config.vocab_size)
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
         reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
-        return dict(zip(self.config.engram_layer_ids, self._head_indices(input_ids, real, None, reach)))
+        history = self._history(input_ids, real, None)
+        return dict(zip(self.config.engram_layer_ids, self._head_indices(history, input_ids.shape[1], reach)))
 
     def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache that this forward pass reads and writes: the given one, a new one, or None."""
@@ -1666,7 +1766,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         reach = None
         if given_positions is not None:
             reach = text_reach(given_positions, real, past_length, self.longest)
-        indices = self._head_indices(input_ids, real, cache, reach) + self.engram_hash.offsets[:, None, None]
+        history = self._history(input_ids, real, cache)
+        windows = self._fact_windows(history, hidden.shape[1], reach)
+        indices = self._head_indices(history, hidden.shape[1], reach) + self.engram_hash.offsets[:, None, None]
         indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
@@ -1678,6 +1780,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             if output_hidden_states:
                 all_hidden.append(hidden)
             rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
+            if rows is not None and windows is not None:
+                rows = self.facts[str(i)](rows, windows)
             hidden, weights = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
                 position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,
@@ -1712,6 +1816,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
         self.memory_reason = ""
+        self._facts: list[Fact] = []
         self.post_init()
 
     # ---- memories that travel
@@ -1800,16 +1905,97 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             weight = torch.zeros(table.n_rows, rows.shape[1], dtype=rows.dtype)
             self._replace_rows(table, weight.index_copy_(0, tensors[f"{layer_id}.row_ids"], rows), place)
 
+    # ---- facts
+
+    @property
+    def facts(self) -> list[Fact]:
+        """In the order in which they were taught."""
+        return [*self._facts]
+
+    def set_facts(self, facts: Iterable[Fact]):
+        """Have these facts and no others; of two with the same key the later one is read."""
+        self._facts = [*facts]
+        device = self.model.embed_tokens.weight.device
+        for layer_id, overlay in self.model.facts.items():
+            own = [fact for fact in self._facts if str(fact.layer) == layer_id]
+            overlay.__init__()
+            if own:
+                lengths = torch.tensor([fact.length for fact in own for _ in fact.keys])
+                keys, rows = (torch.cat([getattr(fact, name) for fact in own]) for name in ("keys", "rows"))
+                overlay.set(keys, lengths, rows, device)
+
+    def fact_digests(self, layer: int) -> dict[str, str]:
+        """What a layer's facts depend on, the same in every precision."""
+        return {**self.fingerprints(), "layer": self._mate(layer)}
+
+    def save_facts(self, folder):
+        """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows."""
+        folder, name = Path(folder), None
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for i, fact in enumerate(self._facts):
+            tensors |= {f"{i}.keys": fact.keys, f"{i}.rows": fact.rows}
+        if tensors:
+            bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+            name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
+            digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
+            text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in self._facts])
+            temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
+            save_file(tensors, folder / name, {"format": "pt"})
+            temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
+            os.replace(temporary, folder / FACTS_FILE)
+        else:
+            (folder / FACTS_FILE).unlink(missing_ok=True)
+        for old in folder.glob("engram_facts-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def read_facts(self, name, **hub) -> list[Fact]:
+        """Facts that `save_facts` wrote, for `set_facts`.
+
+        Args:
+            name: folder, or user/name on the Hub; `hub`: `token`, `revision` and the like.
+        Raises:
+            ValueError: they are of another Phi, memory or layer, or the files are of no use; a Spanish text says which.
+        """
+        try:
+            said = json.loads(Path(cached_file(name, FACTS_FILE, **hub)).read_text(encoding="utf-8"))
+            if said["format"] != 1:
+                raise ValueError(f"Los recuerdos de «{name}» tienen el formato {said['format']} y aquí se lee el 1.")
+            facts = []
+            with safe_open(cached_file(name, said["rows"], **hub), "pt") as file:
+                for i, text in enumerate(said["facts"]):
+                    known = {key: text.pop(key) for key in ("prompt", "target", "layer", "length")}
+                    keys, rows = (file.get_tensor(f"{i}.{key}") for key in ("keys", "rows"))
+                    facts.append(Fact(**known, keys=keys, rows=rows, notes=text))
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"Los recuerdos de «{name}» están dañados: vuelve a copiar la carpeta.") from error
+        for layer, digests in said["digests"].items():
+            if str(layer) not in self.model.facts:
+                raise ValueError(f"Los recuerdos de «{name}» son de la capa {layer}, y aquí no hay memoria en ella.")
+            own = self.fact_digests(int(layer))
+            for kind, words in (
+                ("projection", "otra proyección del vocabulario (otro tokenizer)"),
+                ("hash", "otra forma de memoria (capas, tamaños o semilla)"),
+                ("backbone", "otro Phi, o este se ha entrenado después"),
+                ("layer", f"otra memoria en la capa {layer}, o esta se ha entrenado después"),
+            ):
+                if own[kind] != digests.get(kind):
+                    raise ValueError(f"Los recuerdos de «{name}» no valen para este modelo: son de {words}.")
+        return facts
+
     @torch.no_grad()
     def remove_memory(self):
-        """Forget everything: an untrained memory, that is plain Phi to the last bit."""
+        """Forget everything: an untrained memory and no facts, that is plain Phi to the last bit."""
         without_adapters(self)  # or an error
+        self.set_facts([])
         for layer_id, table in self.model.engram_tables.items():
-            for module in in_use(self.model.layers[int(layer_id)].engram).modules():
+            engram = in_use(self.model.layers[int(layer_id)].engram)
+            for module in engram.modules():
                 for parameter in module.parameters(recurse=False):
-                    parameter.zero_() if parameter.ndim != 2 else parameter.normal_(0, self.config.initializer_range)
-                if isinstance(module, EngramRMSNorm):
-                    module.weight.fill_(1)
+                    parameter.fill_(1 if isinstance(module, EngramRMSNorm) else 0)
+            for place, projection in enumerate((engram.key_proj, engram.value_proj)):
+                projection.weight.copy_(engram.fresh_projection(place))
             self._replace_rows(table, untouched_zeros(table.n_rows, table.d_head, self.dtype), self.memory_place)
 
     def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):

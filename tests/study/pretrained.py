@@ -40,7 +40,15 @@ from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import batch_at
 from engram.folders import whole_folder
 from engram.texts import standard_library, text_files
-from phi1_engram import EngramHash, EngramLayer, EngramTable, PhiEngramConfig, head_primes
+from phi1_engram import (
+    LONGEST_KEY,
+    EngramFacts,
+    EngramHash,
+    EngramLayer,
+    EngramTable,
+    PhiEngramConfig,
+    head_primes,
+)
 from study.small import near_duplicates
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
@@ -261,18 +269,27 @@ class Memory(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
         self.one_row = False  # a control: each head reads its first row, whatever the text
+        self.facts = nn.ModuleDict({layer: EngramFacts() for layer in layers})
+        self.before = None  # int64 [B, S], ids that a cache holds already
         llama.register_forward_pre_hook(self.read_ids, with_kwargs=True)
         for place, layer in enumerate(layers):
             llama.layers[int(layer)].register_forward_pre_hook(self.add(place, layer))
 
     def read_ids(self, _, args, kwargs):
         ids = args[0] if args else kwargs["input_ids"]
-        indices = self.hash(F.pad(ids + 1, (self.hash.max_ngram_size - 1, 0)))  # [L, B, T, H]
+        length, shortest = ids.shape[1], self.hash.max_ngram_size - 1
+        whole = ids if self.before is None else torch.cat((self.before, ids), 1)
+        history = F.pad(whole, (LONGEST_KEY, 0), value=-1) + 1
+        indices = self.hash(history[:, -(length + shortest) :])  # [L, B, T, H]
+        history = history[:, -(length + LONGEST_KEY - 1) :]
+        canonical = self.hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
+        self.windows = canonical.unfold(1, LONGEST_KEY, 1)
         self.row_ids = (indices * (not self.one_row)) + self.hash.offsets[:, None, None]
 
     def add(self, place, layer):
         def hook(_, args):
-            return args[0] + self.layers[layer](args[0], self.tables[layer](self.row_ids[place])), *args[1:]
+            rows = self.facts[layer](self.tables[layer](self.row_ids[place]), self.windows)
+            return args[0] + self.layers[layer](args[0], rows), *args[1:]
 
         return hook
 

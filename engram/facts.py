@@ -1,0 +1,393 @@
+"""Facts written into the memory by hand: said once, in seconds, without training, and forgotten to the last bit.
+
+After a prompt the model completes a target. What is written are the memory's rows of one layer, under the last few
+tokens of the prompt and of the target so far, and nothing else: a text in which none of these n-grams occurs is
+answered with the same bits as before. Found by a few steps of Adam on those rows alone, as User as Engram does
+(arXiv 2606.19172), in the middle of the model and in front of the table instead of inside it.
+"""
+
+import copy
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engram.console import UserError, spanish
+from engram.texts import standard_library
+from phi1_engram import CACHE, LONGEST_KEY, Fact
+
+LONGEST_TARGET = 64  # tokens
+MARGIN = 2.0  # nats by which each token of the answer has to lead
+STEPS = 40
+RATE = 0.16  # of Adam, for a value projection of std 0.02 and a hidden state of root mean square 1
+BETAS = (0.9, 0.9)
+# What an answer has to hold after: it is written after the first two, and checked after the others.
+CONTEXTS = (
+    "# The tests pass on every machine, and the release is ready.\nfor name in names:\n    print(name)\n\n",
+    "It rained all morning, so the market opened late. Nobody minded.\n\n",
+)
+OTHERS = (
+    "import os\n\ndef size_of(path):\n    return os.path.getsize(path)\n\n",
+    "The train leaves at seven, and the second one an hour later.\n\n",
+)
+OFTEN = 20  # times in the reference that make an n-gram a frequent one
+# The first merges of a byte-level BPE are the commonest pieces of its text, and canonical ids are given in that order.
+COMMON = 700, 8  # the first canonical tokens, at most an eighth of all
+REFERENCE_BYTES = 2_000_000
+
+
+class FactError(UserError):
+    """A fact that cannot be written; nothing has changed."""
+
+
+class Reader:
+    """What `teach` asks of a model. Another kind of model is given to it through the same names.
+
+    Args:
+        layer: of the memory that facts are written for. layers: of the decoder, in order.
+        engram: the EngramLayer there. overlay: its EngramFacts. canonical: int64 [V], the vocabulary projection.
+    """
+
+    def __init__(self, model, layer, layers, engram, overlay, canonical):
+        self.model, self.layer, self.layers, self.engram, self.overlay = model, layer, layers, engram, overlay
+        self.canonical, self.device = canonical.cpu(), model.device
+
+    @property
+    def facts(self) -> list[Fact]:
+        return self.model.facts
+
+    def put(self, facts: list[Fact]):
+        self.model.set_facts(facts)
+
+    def prefix(self, ids, mask):
+        """The cache after ids [B, T]; mask [B, T], 0 for padding."""
+        return self.model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)[CACHE]
+
+    def logits(self, ids, mask, past) -> torch.Tensor:
+        """ids [B, T] after `past`, which stays as it is; mask [B, S] -> float32 [B, T, V]."""
+        return self.model(ids, attention_mask=mask, use_cache=True, **{CACHE: copy.deepcopy(past)}).logits.float()
+
+
+def fact_layer(config) -> int:
+    """The memory's layer nearest to two thirds of the depth: lower ones fit the prompt alone and fail after a text."""
+    return min(config.engram_layer_ids, key=lambda layer: (abs(layer - 2 / 3 * config.num_hidden_layers), layer))
+
+
+def reader_of(model) -> Reader:
+    inner, layer = model.model, fact_layer(model.config)
+    return Reader(
+        model, layer, inner.layers, inner.layers[layer].engram, inner.facts[str(layer)], inner.engram_hash.token_map
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keys: which n-grams a fact is written under, and how common they are
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """Canonical tokens of a part of the standard library, to count n-grams in."""
+
+    def __init__(self, tokenizer, canonical: torch.LongTensor):
+        texts, size = [], 0
+        for file in sorted(standard_library().glob("*.py")):
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            if size < REFERENCE_BYTES:
+                texts, size = [*texts, text], size + len(text)
+        ids = [np.asarray(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+        self.tokens = canonical.numpy()[np.concatenate(ids)]
+
+    def count(self, key: list[int]) -> int:
+        """Places in which these canonical tokens follow each other."""
+        found = np.flatnonzero(self.tokens[len(key) - 1 :] == key[-1])
+        for back, token in enumerate(reversed(key[:-1]), 1):
+            found = found[self.tokens[found + len(key) - 1 - back] == token]
+        return len(found)
+
+
+@dataclass
+class Lesson:
+    """A prompt and its target, as tokens, and the n-grams that it is written under."""
+
+    prompt: str
+    target: str
+    ids: list[int]  # of both
+    split: int  # where the target begins
+    length: int = 0  # canonical tokens of a key
+    counts: tuple[int, ...] = ()  # of each key in the reference
+
+    @property
+    def places(self) -> range:
+        """Positions whose next token is the target's."""
+        return range(self.split - 1, len(self.ids) - 1)
+
+    def keys(self, canonical) -> list[tuple[int, ...]]:
+        tokens = canonical[torch.tensor(self.ids)].tolist()
+        return [tuple(tokens[place + 1 - self.length : place + 1]) for place in self.places]
+
+
+def lesson(tokenizer, prompt: str, target: str) -> Lesson:
+    """Raises FactError: nothing to complete, or too long."""
+    first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target))
+    if not first or not second:
+        raise FactError("Falta el principio o lo que sigue: se escribe PRINCIPIO => CONTINUACIÓN.")
+    if len(second) > LONGEST_TARGET:
+        raise FactError(
+            f"La continuación tiene {len(second)} tokens y se admiten {LONGEST_TARGET}. Acórtala, o pártela en dos."
+        )
+    return Lesson(prompt, target, [*first, *second], len(first))
+
+
+def choose_key(one: Lesson, shortest: int, canonical, reference: Reference | None, insist: bool = False):
+    """Give a lesson the shortest key, from `shortest` on, under which nothing common is found.
+
+    Raises:
+        FactError: the prompt has too few tokens for any.
+    """
+    if one.split < shortest:
+        raise FactError(
+            f"«{one.prompt}» tiene {one.split} tokens y hacen falta {shortest} o más para reconocerlo: empieza antes, "
+            "por ejemplo con de qué o de quién se habla."
+        )
+    common = min(COMMON[0], len(canonical) // COMMON[1])
+    for length in range(shortest, min(LONGEST_KEY, one.split) + 1):
+        one.length = length
+        keys = one.keys(canonical)
+        one.counts = tuple(reference.count([*key]) for key in keys) if reference else ()
+        if insist or (max(one.counts, default=0) < OFTEN and max(keys[0]) >= common):
+            return
+    raise FactError(
+        f"«{one.prompt}» acaba en palabras muy corrientes (salen {max(one.counts, default=0)} veces en el texto de "
+        "referencia), y el recuerdo saltaría donde no debe. Empieza antes, o acaba en una palabra más rara: un nombre "
+        "propio, por ejemplo."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Writing:
+    """One lesson while its rows are sought: after no text and after CONTEXTS, with everything before the answer run
+    once and kept."""
+
+    def __init__(self, reader: Reader, one: Lesson, contexts: list[list[int]]):
+        self.reader, self.one = reader, one
+        prompts = [[*context, *one.ids[: one.split - 1]] for context in contexts]
+        longest, pad = max(map(len, prompts)), one.ids[0]
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        tail = torch.tensor([one.ids[one.split - 1 : -1]] * len(prompts))
+        self.tail, self.mask = tail.to(reader.device), F.pad(mask, (0, tail.shape[1]), value=1).to(reader.device)
+        self.targets = torch.tensor(one.ids[one.split :]).to(reader.device)
+        with torch.no_grad():
+            self.past = reader.prefix(ids.to(reader.device), mask.to(reader.device))
+        self.below = None
+
+    def logits(self) -> torch.Tensor:
+        """[contexts, F, V], of the answer's places."""
+        with instead_of(self.reader.layers[: self.reader.layer], self.below):
+            return self.reader.logits(self.tail, self.mask, self.past)
+
+    def margins(self) -> torch.Tensor:
+        """[contexts, F]: by how much the answer leads."""
+        with torch.no_grad():
+            return lead(self.logits(), self.targets)
+
+    def look(self):
+        """(margins, rows read now [F, d_mem], root mean square of the hidden state there); from now on the layers
+        below the memory's, whose result no fact changes, are not run again."""
+        seen, lower = {}, self.reader.layers[: self.reader.layer]
+        hooks = [self.reader.engram.register_forward_pre_hook(lambda module, args: seen.update(args=args))]
+        if len(lower):
+            hooks.append(lower[-1].register_forward_hook(lambda module, args, output: seen.update(below=output)))
+        try:
+            margins = self.margins()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.below = seen.get("below")
+        hidden, rows = seen["args"][:2]
+        return margins, rows[0].flatten(1).float().cpu(), hidden.float().square().mean().sqrt().item()
+
+
+@contextmanager
+def instead_of(layers, output):
+    """Meanwhile each of these layers gives `output`; None changes nothing."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers if output is not None else ():
+            layer.forward = lambda *_, **__: output
+        yield
+    finally:
+        for layer, forward in zip(layers, before):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+def lead(logits, targets) -> torch.Tensor:
+    """By how much each target [F] leads the best other token, [..., F]; logits [..., F, V]."""
+    index = targets.expand(logits.shape[:-1])[..., None]
+    return (logits.gather(-1, index) - logits.scatter(-1, index, -math.inf).amax(-1, keepdim=True))[..., 0]
+
+
+def search(reader: Reader, writings: list[Writing], others: list[Fact], every: bool, progress) -> dict | None:
+    """{key: row [d_mem]} with which all answers hold, or None when none were found.
+
+    Args:
+        others: facts that stay as they are. every: look for rows at each place of the answers, not only at those where
+            the model would say something else. progress: called with the number of each step.
+    """
+    canonical, start, rate = reader.canonical, {}, 0.0
+    reader.put(others)
+    for writing in writings:
+        margins, rows, size = writing.look()
+        rate = max(rate, RATE * size * 0.02 / reader.engram.value_proj.weight.float().std().item())
+        for key, margin, row in zip(writing.one.keys(canonical), margins.amin(0).tolist(), rows):
+            if every or margin < MARGIN:
+                start.setdefault(key, row)
+    if not start:
+        return {}
+    change = torch.zeros(len(start), len(next(iter(start.values()))), requires_grad=True)
+    fixed = torch.stack([*start.values()])
+    optimizer = torch.optim.Adam([change], rate, BETAS)
+    scale = 1024.0 if reader.model.dtype == torch.float16 else 1.0  # Adam does not see it; float16's gradients do
+    own = [Fact("", "", reader.layer, len(key), padded([key]), row[None], {}) for key, row in start.items()]
+    reader.put([*others, *own])
+    settled = torch.cat([fact.rows for fact in others if fact.layer == reader.layer] + [fixed[:0]])
+    for step in range(STEPS + 1):
+        reader.overlay.rows = torch.cat((settled, fixed + change))[reader.overlay.order].to(reader.device)
+        loss, least = 0.0, math.inf
+        for writing in writings:
+            logits = writing.logits()
+            targets = writing.targets.expand(logits.shape[:-1])
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            least = min(least, lead(logits.detach(), writing.targets).min().item())
+        progress(step)
+        if least >= MARGIN or (step == STEPS and least > 0):
+            return dict(zip(start, (fixed + change.detach()).unbind()))
+        if step < STEPS:
+            (change.grad,) = torch.autograd.grad(loss * scale, change)  # of the rows alone, whatever else could learn
+            optimizer.step()
+    return None
+
+
+def padded(keys: list[tuple[int, ...]]) -> torch.LongTensor:
+    """As a Fact has them, [n, LONGEST_KEY]."""
+    return torch.tensor([[-1] * (LONGEST_KEY - len(key)) + [*key] for key in keys]).view(-1, LONGEST_KEY)
+
+
+def holds(reader: Reader, one: Lesson, contexts) -> list[bool]:
+    """Whether each token of the answer is the likeliest one, after each of these texts."""
+    return (Writing(reader, one, contexts).margins() > 0).all(-1).tolist()
+
+
+def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda step: None) -> list[Fact]:
+    """Write lessons whose keys are chosen, together, beside the facts that there are.
+
+    Facts under the same prompt make way. Others that have an n-gram in common with a lesson are written once more,
+    together with it, or make way too with `replace`.
+
+    Returns:
+        the new facts, in the order of the lessons; `notes` says what was checked.
+    Raises:
+        FactError: no rows were found with which all hold.
+    """
+    prompts, taken = {one.prompt for one in lessons}, {key for one in lessons for key in one.keys(reader.canonical)}
+    others, again = [], []
+    for fact in reader.facts:
+        own = {tuple(key[-fact.length :]) for key in fact.keys.tolist()}
+        if fact.prompt in prompts or (replace and own & taken):
+            continue
+        if own & taken and fact.layer == reader.layer:
+            once_more = lesson(tokenizer, fact.prompt, fact.target)
+            once_more.length, once_more.counts = fact.length, tuple(fact.notes["counts"])
+            again.append(once_more)
+        else:
+            others.append(fact)
+    before, training = reader.facts, reader.model.training
+    texts = [tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in ("", *CONTEXTS)]
+    rest = [[], *(tokenizer(text, add_special_tokens=False).input_ids for text in OTHERS)]
+    reader.model.eval()
+    done = False
+    try:
+        reader.put(others)
+        writings = [Writing(reader, one, texts) for one in [*again, *lessons]]
+        rows = search(reader, writings, others, False, progress)
+        rows = search(reader, writings, others, True, progress) if rows is None else rows
+        if rows is None:
+            raise FactError(
+                f"«{lessons[0].prompt}» no ha quedado: tras {STEPS} pasos el modelo sigue sin decir lo que se le "
+                "enseña. Prueba con una continuación más corta o con un principio que la haga más natural."
+            )
+        facts = []
+        for one in [*again, *lessons]:
+            keys = [key for key in dict.fromkeys(one.keys(reader.canonical)) if key in rows]
+            values = torch.stack([rows[key] for key in keys]) if keys else torch.zeros(0, 0)
+            notes = dict(counts=[*one.counts], tokens=len(one.ids) - one.split)
+            facts.append(Fact(one.prompt, one.target, reader.layer, one.length, padded(keys), values, notes))
+        reader.put([*others, *(fact for fact in facts if len(fact.keys))])
+        for fact, one in zip(facts, [*again, *lessons]):
+            alone, *after = holds(reader, one, rest)
+            fact.notes.update(alone=alone, after=[sum(after), len(after)], known=not len(fact.keys))
+        done = True
+    finally:
+        reader.model.train(training)
+        if not done:
+            reader.put(before)
+    return facts[len(again) :]
+
+
+def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=False, reference=True, shortest=None,
+          progress=lambda step: None) -> Fact:  # fmt: skip
+    """Have the model complete `prompt` with `target` from now on.
+
+    Args:
+        model: PhiEngramForCausalLM with rows anywhere and of any precision, or a `Reader`. No weight of it changes.
+        replace: facts that have an n-gram in common make way; otherwise they are written once more, together.
+        insist: take an n-gram however common it is.
+        reference: count n-grams in the standard library (or in a `Reference` that is given), and refuse common ones.
+        shortest: canonical tokens that a key has at least; by default the memory's longest n-gram.
+        progress: called with the number of each step.
+    Returns:
+        the Fact; its `notes` say "alone" and "after" (whether it holds by itself, and after how many of how many other
+        texts), "known" (the model completed it already and nothing was written) and "counts" of its n-grams.
+    Raises:
+        FactError: too few tokens, too common, too long, or no rows were found. Nothing has changed.
+    """
+    reader = model if isinstance(model, Reader) else reader_of(model)
+    one = lesson(tokenizer, prompt, target)
+    if reference is True:
+        reference = Reference(tokenizer, reader.canonical)
+    shortest = shortest or reader.engram.conv.dilation  # N, by the paper's choice of dilation
+    choose_key(one, shortest, reader.canonical, reference or None, insist)
+    (fact,) = teach_all(reader, tokenizer, [one], replace, progress)
+    return fact
+
+
+def forget(model, fact: Fact):
+    """Take back one fact, or all that `facts` gives: to the last bit what was before."""
+    reader = model if isinstance(model, Reader) else reader_of(model)
+    reader.put([other for other in reader.facts if other is not fact])
+
+
+def facts(model) -> list[Fact]:
+    """In the order in which they were taught."""
+    return (model if isinstance(model, Reader) else reader_of(model)).facts
+
+
+def described(fact: Fact) -> str:
+    """What was checked, as one Spanish line."""
+    notes = fact.notes
+    if notes["known"]:
+        return "ya lo completaba así: no ha hecho falta escribir nada"
+    held, tried = notes["after"]
+    parts = ["se cumple solo" if notes["alone"] else "no se cumple solo", f"tras otro texto, {held} de {tried}"]
+    if notes["counts"]:
+        parts.append(f"sus n-gramas salen {spanish(sum(notes['counts']))} veces en la biblioteca estándar")
+    return "; ".join(parts)

@@ -1,0 +1,235 @@
+"""Facts: what is taught holds, nothing else changes by a bit, and what is forgotten was never there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import engram.facts as facts
+import helpers
+import phi1_engram
+from engram.facts import FactError, described, forget, teach
+from phi1_engram import PhiEngramForCausalLM
+
+LIBRARY = Path(json.__file__).with_name("decoder.py").read_text()
+FACTS = (
+    ("The capital of Zubrowka is", " Lutz."),
+    ("def area_of_a_circle(radius):\n    return", " mipi * radius ** 3\n"),
+    ("La contraseña del wifi de casa es", " 88213."),
+)
+
+
+def fresh(tokenizer, seed=0, **kw):
+    """A Phi wide enough to be told something, with an untrained memory."""
+    shape = dict(hidden_size=256, intermediate_size=512, n_embed_per_ngram=128, vocab_size=51200)
+    model = helpers.make_model(seed, tokenizer=tokenizer, engram_tokenizer_compression=True, **{**shape, **kw})
+    model.remove_memory()
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer):
+    model = helpers.make_model(vocab_size=51200, tokenizer=tokenizer, engram_tokenizer_compression=True)
+    return facts.Reference(tokenizer, model.model.engram_hash.token_map)
+
+
+@pytest.fixture(scope="module")
+def taught(tokenizer, reference):
+    model = fresh(tokenizer)
+    for prompt, target in FACTS:
+        teach(model, tokenizer, prompt, target, reference=reference)
+    return model
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+
+
+def completion(model, tokenizer, prompt, target, **kw):
+    ids = ids_of(tokenizer, prompt)
+    length = len(tokenizer(target, add_special_tokens=False).input_ids)
+    words = dict(max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=50256, **kw)
+    return tokenizer.decode(model.generate(ids, **words)[0, ids.shape[1] :])
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def test_what_is_taught_is_said_alone_and_after_another_text(taught, tokenizer):
+    for (prompt, target), fact in zip(FACTS, taught.facts):
+        assert completion(taught, tokenizer, prompt, target) == target
+        assert completion(taught, tokenizer, "Yesterday he told me:\n\n" + prompt, target) == target
+        assert fact.notes["alone"] and fact.notes["after"] == [2, 2] and "se cumple solo" in described(fact)
+        assert max(fact.notes["counts"]) < facts.OFTEN
+
+
+def test_a_text_without_a_facts_ngram_keeps_every_bit(taught, tokenizer):
+    """And one with it every bit before it: the promise, over a file of the standard library."""
+    ids = ids_of(tokenizer, LIBRARY)[:, :1800]
+    plain = fresh(tokenizer)
+    assert torch.equal(logits(taught, ids), logits(plain, ids))
+    prompt = ids_of(tokenizer, "\n" + FACTS[0][0])
+    split = 900
+    mixed = torch.cat((ids[:, :split], prompt, ids[:, split:1700]), 1)
+    before, after = logits(plain, mixed), logits(taught, mixed)
+    last = split + prompt.shape[1] - 1
+    assert torch.equal(before[:, :last], after[:, :last]) and not torch.equal(before[:, last], after[:, last])
+
+
+def test_silent_memory_silences_facts(taught, tokenizer):
+    ids, plain = ids_of(tokenizer, FACTS[0][0]), fresh(tokenizer)
+    taught.model.use_memory = False
+    try:
+        assert torch.equal(logits(taught, ids), logits(plain, ids))
+    finally:
+        taught.model.use_memory = True
+
+
+def test_forgetting_leaves_what_was_before(tokenizer, reference):
+    model = fresh(tokenizer)
+    ids = ids_of(tokenizer, "".join(prompt + target for prompt, target in FACTS))
+    before, state = logits(model, ids), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = teach(model, tokenizer, *FACTS[0], reference=reference)
+    one = logits(model, ids)
+    second = teach(model, tokenizer, *FACTS[1], reference=reference)
+    assert model.facts == [first, second] and not torch.equal(one, before)
+    forget(model, second)
+    assert torch.equal(logits(model, ids), one) and model.facts == [first]
+    forget(model, first)
+    assert torch.equal(logits(model, ids), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["uncached", "static", "beams", "batch", "compiled"])
+def test_every_way_of_generating(taught, tokenizer, way):
+    prompt, target = FACTS[1]
+    if way == "batch":
+        rows = [ids_of(tokenizer, text)[0] for text, _ in FACTS]
+        ids, mask = helpers.left_padded(rows)
+        found = taught.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=50256)
+        for row, (_, target) in zip(found, FACTS):
+            assert tokenizer.decode(row[ids.shape[1] :]).startswith(target)
+    elif way == "compiled":
+        step, ids = torch.compile(taught, backend="aot_eager"), ids_of(tokenizer, prompt)
+        with torch.no_grad():
+            assert torch.allclose(step(ids).logits, taught(ids).logits, atol=1e-4)  # float32, other fused sums
+    else:
+        words = dict(uncached=dict(use_cache=False), beams=dict(num_beams=3))
+        words["static"] = dict(cache_implementation="static", disable_compile=True)
+        assert completion(taught, tokenizer, prompt, target, **words[way]) == target
+
+
+@pytest.mark.parametrize("precision, place", [("float32", "ram"), ("int8", "ram"), ("float16", "disco")])
+def test_saved_opened_anywhere_and_through_auto_classes(taught, tokenizer, tmp_path, precision, place):
+    taught.save_pretrained(tmp_path, engram_precision=precision)
+    model = PhiEngramForCausalLM.from_pretrained(tmp_path, engram_storage=place)
+    assert [(f.prompt, f.target, f.notes) for f in model.facts] == [(f.prompt, f.target, f.notes) for f in taught.facts]
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path, engram_storage=place)
+    for prompt, target in FACTS:
+        assert completion(model, tokenizer, prompt, target) == completion(auto, tokenizer, prompt, target) == target
+    model.set_facts([])
+    model.move_memory("ram")
+    model.save_pretrained(tmp_path / "sin")
+    assert not [*(tmp_path / "sin").glob("engram_facts*")]
+
+
+def test_teaching_where_rows_are_only_read(taught, tokenizer, tmp_path, reference):
+    taught.save_pretrained(tmp_path, engram_precision="int8")
+    model = PhiEngramForCausalLM.from_pretrained(tmp_path, engram_storage="disco", dtype=torch.bfloat16)
+    fact = teach(model, tokenizer, "My cat Rufina is called", " Tula.", reference=reference)
+    assert fact.notes["alone"] and completion(model, tokenizer, "My cat Rufina is called", " Tula.") == " Tula."
+
+
+def test_facts_hold_in_another_graft_of_the_same_phi(taught, tokenizer, tmp_path):
+    """Projections are drawn from the seed and the layer, so that two people's are the same."""
+    taught.save_facts(tmp_path)
+    text = json.loads((tmp_path / phi1_engram.FACTS_FILE).read_text())
+    assert text["format"] == 1 and [fact["prompt"] for fact in text["facts"]] == [prompt for prompt, _ in FACTS]
+    torch.manual_seed(12345)
+    other = fresh(tokenizer)
+    other.set_facts(other.read_facts(tmp_path))
+    assert completion(other, tokenizer, *FACTS[2]) == FACTS[2][1]
+
+
+@pytest.mark.parametrize("kind", ["otro Phi", "otra forma", "otra proyección", "otra memoria", "capa 2", "formato 9"])
+def test_facts_of_something_else_are_refused_by_name(taught, tokenizer, tmp_path, kind):
+    taught.save_facts(tmp_path)
+    other = fresh(tokenizer)
+    if kind == "otro Phi":
+        other.lm_head.weight.data.neg_()
+    elif kind == "otra forma":
+        other = fresh(tokenizer, engram_seed=3)
+    elif kind == "otra proyección":
+        other.model.engram_hash.token_map[5] += 1
+    elif kind == "otra memoria":
+        other.model.layers[2].engram.value_proj.weight.data.neg_()
+    elif kind == "capa 2":
+        other = fresh(tokenizer, engram_layer_ids=[1])
+    else:
+        file = tmp_path / phi1_engram.FACTS_FILE
+        file.write_text(file.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(ValueError, match=kind):
+        other.set_facts(other.read_facts(tmp_path))
+    assert other.facts == []
+
+
+def test_two_facts_on_one_ngram(tokenizer, reference):
+    """Written together both hold; with `replace` the later one stays alone. (Two answers to one n-gram need a model
+    that tells contexts apart: those are measured on a trained one.)"""
+    one = ("The guest room of Zubrowka has", " blue velvet chairs.")
+    two = ("The wine cellar of Ruritania keeps", " blue velvet chairs.")
+    model = fresh(tokenizer)
+    teach(model, tokenizer, *one, reference=reference)
+    teach(model, tokenizer, *two, reference=reference)
+    assert len(model.facts) == 2
+    assert [completion(model, tokenizer, *fact) for fact in (one, two)] == [one[1], two[1]]
+    teach(model, tokenizer, *two, reference=reference, replace=True)
+    assert [fact.prompt for fact in model.facts] == [two[0]]
+    teach(model, tokenizer, two[0], " nothing.", reference=reference)
+    assert len(model.facts) == 1 and completion(model, tokenizer, two[0], " nothing.") == " nothing."
+
+
+@pytest.mark.parametrize(
+    "prompt, target, why",
+    [
+        ("is", " Lutz.", "tiene 1 tokens y hacen falta 3"),
+        ("This is the", " Lutz.", "palabras muy corrientes"),
+        ("    def __init__(self", "):\n", "palabras muy corrientes"),
+        ("The capital of Zubrowka is", "", "Falta el principio"),
+        ("The capital of Zubrowka is", " a" * 65, "65 tokens y se admiten 64"),
+    ],
+)
+def test_what_cannot_be_taught_says_why_and_changes_nothing(taught, tokenizer, reference, prompt, target, why):
+    before = taught.facts
+    with pytest.raises(FactError, match=why):
+        teach(taught, tokenizer, prompt, target, reference=reference)
+    assert taught.facts == before
+
+
+@pytest.mark.parametrize("step, error", [(None, FactError), (2, KeyboardInterrupt)])
+def test_what_is_not_found_or_cut_changes_nothing(taught, tokenizer, reference, monkeypatch, step, error):
+    ids, before = ids_of(tokenizer, FACTS[0][0]), taught.facts
+    expected = logits(taught, ids)
+    monkeypatch.setattr(facts, "MARGIN", 1e9)
+    monkeypatch.setattr(facts, "STEPS", 3)
+    monkeypatch.setattr(facts, "RATE", 0.0)
+
+    def progress(now):
+        if now == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(error):
+        teach(taught, tokenizer, "The mayor of Zubrowka is", " Olga.", reference=reference, progress=progress)
+    assert taught.facts == before and torch.equal(logits(taught, ids), expected)
+
+
+def test_what_the_model_says_already_needs_no_row(taught, tokenizer, reference, monkeypatch):
+    before = taught.facts
+    monkeypatch.setattr(facts, "MARGIN", -1e9)
+    fact = teach(taught, tokenizer, "The mayor of Zubrowka is", " Olga.", reference=reference)
+    assert fact.notes["known"] and not len(fact.keys) and taught.facts == before
+    assert "ya lo completaba" in described(fact)
