@@ -39,6 +39,12 @@ class SparseRows:
         return [name for name in super().get_decay_parameter_names(model) if "engram" not in name]
 
     def create_optimizer(self, model=None):
+        def has_tables(module):
+            return "engram_tables" in dict(getattr(module, "model", module).named_children())
+
+        inner = next(filter(has_tables, self.model.modules()))  # what LoRA wraps, perhaps
+        if not any(p.requires_grad for table in inner.model.engram_tables.values() for p in table.parameters()):
+            return super().create_optimizer(model)
         if self.optimizer is not None:
             if self._rows is None:
                 raise ValueError(
@@ -47,23 +53,16 @@ class SparseRows:
                 )
             self._rows.take()  # trained again
             return self.optimizer
-        rows = self._trainable_rows()
-        if rows is None:
-            return super().create_optimizer(model)
-        self._rows = rows
-        rows.take()  # now, because a parameter that requires a gradient would go to the dense optimiser
+        self._check(inner.model.engram_tables.values())
+        args = self.args
+        betas = args.adam_beta1, args.adam_beta2
+        self._rows = SeenTables(inner, world=args.world_size, device=args.device, betas=betas, eps=args.adam_epsilon)
+        self._rows.take()  # now, because a parameter that requires a gradient would go to the dense optimiser
         dense = super().create_optimizer(model)
-        self.optimizer = RowOptimizer(dense, rows, self.row_rate or ROW_FACTOR * self.args.learning_rate)
+        self.optimizer = RowOptimizer(dense, self._rows, self.row_rate or ROW_FACTOR * args.learning_rate)
         return self.optimizer
 
-    def _trainable_rows(self):
-        def has_tables(module):
-            return "engram_tables" in dict(getattr(module, "model", module).named_children())
-
-        inner = next(filter(has_tables, self.model.modules()))  # what LoRA wraps, perhaps
-        tables = list(inner.model.engram_tables.values())
-        if not any(parameter.requires_grad for table in tables for parameter in table.parameters()):
-            return None
+    def _check(self, tables):
         if any(hasattr(table, "modules_to_save") for table in tables):
             raise ValueError(
                 "peft ha hecho una copia de las tablas: quita engram_tables de modules_to_save, o no uses SparseRows."
@@ -80,9 +79,6 @@ class SparseRows:
                 "(CUDA_VISIBLE_DEVICES=0), un proceso por tarjeta (accelerate launch --multi_gpu) o "
                 "train_phi_engram.py --repartir-modelo."
             )
-        args = self.args
-        betas = args.adam_beta1, args.adam_beta2
-        return SeenTables(inner, world=args.world_size, device=args.device, betas=betas, eps=args.adam_epsilon)
 
     def training_step(self, *args, **kwargs):
         if self._rows is not None:

@@ -114,7 +114,8 @@ def test_frozen_rows_stay(make_model, tmp_path):
     before = copied(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("engram" not in name)
-    make_trainer(model, tmp_path, 2).train()
+    trainer = make_trainer(model, tmp_path, 2)
+    trainer.train(), trainer.train()
     for name, tensor in before.items():
         assert torch.equal(model.state_dict()[name], tensor) == ("engram" in name), name
 
