@@ -11,7 +11,6 @@ import argparse
 import gc
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,6 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -39,9 +37,8 @@ from bench.parts import PATIENCE, Part, conclude, earlier, inside, launcher, run
 from engram.checks import check_versions
 from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
 from engram.counting import account
-from engram.plan import MACHINES, T4, allowed_ram, command, from_args, matmul_flops, search
+from engram.plan import MACHINES, T4, allowed_ram, matmul_flops
 from phi1_engram import PRECISIONS, PhiEngramConfig, PhiEngramForCausalLM
-from train_phi_engram import parse
 
 PAPER = 2.8  # per cent of throughput that a table of 100B parameters in host memory costs (paper, Table 4)
 SLOWEST = 1.5  # times plain Phi's or the silent memory's seconds; beyond that something waits that should not
@@ -155,10 +152,10 @@ def speeds(part: Part):
             start, ready[name] = time.perf_counter(), models[name]
             speed.with_static_cache(models[name](), tokens)
             spent[name] = time.perf_counter() - start
-    part.measure("segundos hasta compilar", spent, ", ".join(f"{k} {spanish(v, 1)}" for k, v in spent.items()))
+    part.measure("segundos hasta compilar", spent, ", ".join(f"{n} {spanish(t, 1)}" for n, t in spent.items()))
     said = {n: [speed.greedy(m(), ids[:, :64], tokens, cache) for cache in (None, "static")] for n, m in ready.items()}
     same = {name: (a == b)[0, 64:].sum().item() for name, (a, b) in said.items()}  # half precision may part at a tie
-    part.measure(f"de {tokens} tokens, iguales con caché estática", same, ", ".join(map("{0[0]} {0[1]}".format, same.items())))
+    part.measure(f"de {tokens} tokens, iguales con caché estática", same, str(same))
     measured = {"generar, lote 1": speed.compare(speed.with_static_cache, ready, times, tokens)}
     part.measure("caché estática", measured)
     speed.table("generate con caché estática, que en una tarjeta se compila", measured)
@@ -205,16 +202,6 @@ def as_a_t4():
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 
-def proposed(config, phase: int, *more):
-    """The command that `--plan colab` proposes for one phase, and what that command asks for."""
-    _, choice, colab, given = from_args(parse(["--plan", "colab", f"--pasos-fase{3 - phase}", "0", *more]))
-    found = search(config, choice, colab)
-    if found is None:
-        raise UserError(f"--plan colab no propone nada para la fase {phase}.")
-    line = command(found, colab, given)
-    return line, from_args(parse(shlex.split(line)[2:]))[1]
-
-
 def train(part: Part):
     """Steps of each phase as `--plan colab` proposes them, against the plan's gigabytes."""
     fields = dict(training.DEMO, vocab_size=500) if part.small else training.PHI
@@ -222,7 +209,7 @@ def train(part: Part):
     if part.card:
         as_a_t4()
     for phase in (1, 2):
-        line, choice = proposed(config, phase, *["--longitud", "64", "--acumular", "2"] * part.small)
+        line, choice = training.proposed(config, phase, *["--longitud", "64", "--acumular", "2"] * part.small)
         print(f"   Fase {phase}: {line}", flush=True)
         gc.collect()
         if part.card:
@@ -231,17 +218,14 @@ def train(part: Part):
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory begins anew
         ran = training.train(fields, choice, phase, 3 if part.small else 6)
-        speed_of_it = choice.tokens * choice.accumulate / ran["seconds"]
-        ran |= dict(orden=line, ram=peak_memory(), tokens_por_segundo=speed_of_it)
+        ran |= dict(orden=line, ram=peak_memory(), ritmo=choice.tokens * choice.accumulate / ran["seconds"])
         needs = {place: sum(items.values()) for place, items in account(config, choice, colab, phase).items()}
         ran |= dict(plan_gpu=needs["GPU"] - colab.base_gpu, plan_ram=needs["RAM"])
         if part.card:
             ran |= dict(asignada=torch.cuda.max_memory_allocated(), reservada=torch.cuda.max_memory_reserved())
         part.measure(f"fase {phase}", ran)
-        print(
-            f"   {spanish(ran['tokens_por_segundo'])} tokens/s; escala {ran['scale']}; pérdidas "
-            + ", ".join(spanish(loss, 3) for loss in ran["losses"])
-        )
+        losses = ", ".join(spanish(loss, 3) for loss in ran["losses"])
+        print(f"   {spanish(ran['ritmo'])} tokens/s; escala {ran['scale']}; pérdidas {losses}", flush=True)
         part.check(f"fase {phase}: las pérdidas son números", all(map(math.isfinite, ran["losses"])))
         text = f"RAM, {gigabytes(ran['ram'])}; el plan, {gigabytes(ran['plan_ram'])}"
         part.check(f"fase {phase}: {text}", ran["ram"] <= ran["plan_ram"])
@@ -270,17 +254,6 @@ def demo(part: Part):
     part.check("las pérdidas son números", all(math.isfinite(row["loss"]) for row in results))
     before, after = results[0]["loss"], results[-1]["loss"]
     part.check(f"aprende: de {spanish(before, 3)} a {spanish(after, 3)} en texto apartado", after < before)
-
-
-def apart(one: Path, other: Path) -> float:
-    """Mean absolute difference of all weights of two trained models."""
-    total = count = 0
-    for file in one.glob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(other / file.name)
-        for name, tensor in ours.items():
-            total += (tensor.double() - theirs[name].double()).abs().sum().item()
-            count += tensor.numel()
-    return total / count
 
 
 def resume(part: Part):
@@ -317,8 +290,8 @@ def resume(part: Part):
     resumed, whole = finish("matado", start("matado", "--reanudar")), finish("entero", whole)
     part.check("no quedan restos", not kills.leftovers(part.work / "matado"))
     # On a card some sums have no fixed order: two whole trainings tell how far that leads.
-    spread = apart(whole, finish("otro entero", start("otro entero"))) if part.card else 0.0
-    found = apart(whole, resumed)
+    spread = kills.apart(whole, finish("otro entero", start("otro entero"))) if part.card else 0.0
+    found = kills.apart(whole, resumed)
     part.measure("diferencia media de los pesos", dict(reanudado=found, entre_dos_enteros=spread))
     text = f"{found:.2g} del entero, y otro entero a {spread:.2g}".replace(".", ",")
     part.check(f"los pesos del reanudado, a {text} (como mucho 4 veces eso)", found <= 4 * spread + 1e-7 * part.card)

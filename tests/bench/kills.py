@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import matplotlib.pyplot  # noqa: F401
 import torch
 from accelerate.utils import set_seed
+from safetensors.torch import load_file
 
 import engram.corpus as corpora
 import engram.demo as demo
@@ -143,6 +144,17 @@ def leftovers(folder) -> list[str]:
     """Hidden folders that a killed run left, and checkpoints of a finished one."""
     found = [path for place in (folder, folder / "cache" / "phi-engram") for path in place.glob(".*")]
     return [str(path) for path in (*found, *folder.glob("*-checkpoints"))]
+
+
+def apart(one: Path, other: Path) -> float:
+    """Mean absolute difference of all weights of two trained models."""
+    total = count = 0
+    for file in one.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(other / file.name)
+        for name, tensor in ours.items():
+            total += (tensor.double() - theirs[name].double()).abs().sum().item()
+            count += tensor.numel()
+    return total / count
 
 
 def main():

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,15 +26,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engram.console import SpanishParser, run_script, spanish
+from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.counting import Choice, account
 from engram.demo import DEMO_SHAPE
 from engram.optimizers import make_optimizer
-from engram.plan import flops_per_token, matmul_flops, steady_allocator, this_machine
+from engram.plan import command, flops_per_token, from_args, matmul_flops, search, steady_allocator, this_machine
 from engram.processes import make_accelerator, prepare
 from engram.rows import TrainedTables
 from engram.steps import PHI_1_RECIPE, run_steps
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
+from train_phi_engram import parse
 
 FOREIGN = dict(engram_tokenizer_compression=False, eos_token_id=0)
 WIDE = dict(
@@ -112,6 +114,16 @@ def train(fields: dict, choice: Choice, phase: int, steps: int) -> dict:
         scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
         accelerator.free_memory()
     return dict(seconds=seconds / steps, losses=losses, scale=scale)
+
+
+def proposed(config, phase: int, *more):
+    """The command that `--plan colab` proposes for one phase, and what that command asks for."""
+    _, choice, colab, given = from_args(parse(["--plan", "colab", f"--pasos-fase{3 - phase}", "0", *more]))
+    found = search(config, choice, colab)
+    if found is None:
+        raise UserError(f"--plan colab no propone nada para la fase {phase}.")
+    line = command(found, colab, given)
+    return line, from_args(parse(shlex.split(line)[2:]))[1]
 
 
 def one(number: int, steady: bool) -> dict:
