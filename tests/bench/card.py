@@ -158,7 +158,8 @@ def speeds(part: Part):
     part.measure("segundos hasta compilar", spent, ", ".join(f"{k} {spanish(v, 1)}" for k, v in spent.items()))
     said = {n: [speed.greedy(m(), ids[:, :64], tokens, cache) for cache in (None, "static")] for n, m in ready.items()}
     same = {name: (a == b)[0, 64:].sum().item() for name, (a, b) in said.items()}  # half precision may part at a tie
-    part.measure(f"de {tokens} tokens, iguales con caché estática", same, ", ".join(map("{0[0]} {0[1]}".format, same.items())))
+    words = ", ".join(f"{name} {count}" for name, count in same.items())
+    part.measure(f"de {tokens} tokens, iguales con caché estática", same, words)
     measured = {"generar, lote 1": speed.compare(speed.with_static_cache, ready, times, tokens)}
     part.measure("caché estática", measured)
     speed.table("generate con caché estática, que en una tarjeta se compila", measured)
