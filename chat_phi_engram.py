@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import unicodedata
 from contextlib import suppress
 from itertools import groupby, zip_longest
@@ -30,7 +31,9 @@ try:
         unaccented,
     )
     from engram.conversation import TEMPERATURE, Chat, interruptible
+    from engram.facts import described
     from engram.opening import about_memory, add_memory_options, open_model
+    from engram.teaching import ARROW
     from phi1_engram import EngramFileError
 except ImportError as error:
     sys.exit(
@@ -47,6 +50,7 @@ ADVICE = (
 )
 # Orders, and how many words may follow: a line with more of them is a question that happens to begin like an order.
 ORDERS = {"salir": 0, "limpiar": 0, "ayuda": 0, "codigo": 0, "charla": 0, "memoria": 1, "temperatura": 1}
+ORDERS |= {"recuerdos": 0, "olvida": 1}
 ORDERS["comparar"] = 2**20
 HELP = f"""Órdenes:
   código         completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
@@ -55,6 +59,10 @@ HELP = f"""Órdenes:
   memoria ver    la última respuesta, y debajo cuánto abrió cada token la memoria en cada capa: de 0 (nada) a 9 (toda)
   comparar       la última pregunta, respondida con memoria y sin ella; «comparar TEXTO» compara otra.
                  La conversación se queda como estaba
+  aprende PRINCIPIO => RESPUESTA
+                 recordarlo sin entrenar: desde ahora completa PRINCIPIO con RESPUESTA. Justo después de una
+                 respuesta, «aprende RESPUESTA» es lo que tendría que haber dicho
+  recuerdos      lo aprendido, numerado; «olvida N» o «olvida todo» lo quita sin dejar rastro
   temperatura X  0 elige siempre lo más probable; cuanto mayor, más variado
   limpiar        olvidar la conversación y empezar otra
   ayuda          ver esto
@@ -104,11 +112,12 @@ def write(piece: str):
     print(piece, end="", flush=True)
 
 
-def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], columns: int, colour: bool) -> str:
-    """Text shaded by the mean of its gates, and under it a line for each layer: a digit where each piece begins.
+def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], facts, columns: int, colour: bool) -> str:
+    """Text shaded by the mean of its gates, and under it a line for each layer: a digit where each piece begins; and
+    where one of them follows from a fact, a line that marks it with R.
 
     Args:
-        pieces: (text, position); gates: {layer: each position's, 0..1}, written in tenths.
+        pieces: (text, position); gates: {layer: each position's, 0..1}, written in tenths; facts: each position's.
         columns: cells in a row.
     """
     rows, free = [], 0
@@ -131,6 +140,10 @@ def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], columns
         for layer, alpha in gates.items():
             marks = [str(min(int(alpha[at] * 10), 9)) if begins else "." for _, _, at, begins in row]
             lines.append(f"{layer:>5} " + "".join(mark.ljust(width) for mark, (_, width, _, _) in zip(marks, row)))
+        spoken = [facts[at - 1] and begins for _, _, at, begins in row]  # a position says the token after it
+        if any(spoken):
+            marks = "".join("R".ljust(width) if fact else " " * width for fact, (_, width, _, _) in zip(spoken, row))
+            lines.append(f"      {marks}".rstrip())
     return "\n".join(lines)
 
 
@@ -143,10 +156,16 @@ def side_by_side(left: str, right: str, columns: int) -> str:
     return "\n".join(f"{a:<{(columns - 4) // 2}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue=""))
 
 
-def order(text: str) -> tuple[str, str]:
-    """A line's order, without accents and capitals, and what follows it; ("", text) for a line that is none."""
+def order(text: str, answered=False) -> tuple[str, str]:
+    """A line's order, without accents and capitals, and what follows it; ("", text) for a line that is none.
+
+    Args:
+        answered: whether an answer has just been given, which "aprende" may correct.
+    """
     word, _, rest = text.strip().partition(" ")
     word = unaccented(word).casefold()
+    if word == "aprende" and (ARROW in rest or (answered and rest.strip())):
+        return word, rest
     return (word, rest.strip()) if len(rest.split()) <= ORDERS.get(word, -1) else ("", text)
 
 
@@ -156,6 +175,8 @@ def obey(chat: Chat, word: str, argument: str, say):
     text = f"{word} {argument}".strip()
     if word == "ayuda":
         say(HELP)
+    elif word in ("aprende", "recuerdos", "olvida"):
+        obey_facts(chat, word, argument, wish, say)
     elif word == "limpiar":
         chat.forget()
         say("Conversación olvidada.")
@@ -177,14 +198,39 @@ def obey(chat: Chat, word: str, argument: str, say):
         chat.temperature = value
         say(f"Temperatura: {wish.replace('.', ',')}")
     elif wish == "ver":
-        print(shaded(*chat.gates(), columns, in_colour()), flush=True)
-        say("(Bajo cada token, su puerta en décimas, una línea por capa: 0 cerrada, 9 abierta.)")
+        pieces, gates, facts = chat.gates()
+        print(shaded(pieces, gates, facts, columns, in_colour()), flush=True)
+        marked = " R: lo ha dicho un recuerdo." if any(facts) else ""
+        say(f"(Bajo cada token, su puerta en décimas, una línea por capa: 0 cerrada, 9 abierta.{marked})")
     elif wish in ("si", "no"):
         chat.memory = wish == "si"
         say("Memoria encendida." if chat.memory else "Memoria apagada: responde Phi sin Engram.")
     else:
         now = "encendida" if chat.memory else "apagada"
         raise UserError(f"«{text}»: se admite «memoria sí», «memoria no» o «memoria ver»; ahora está {now}. {ESCAPE}")
+
+
+def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
+    """Orders about what the chat has been told. Raises FactError where it is not taken."""
+    teaching, said = chat.teaching, chat.teaching.said
+    if word == "aprende":
+        say("(Aprendiendo …)")
+        learn = chat.learn if ARROW in argument else chat.learn_answer
+        started = time.perf_counter()
+        facts = learn(argument, lambda step: None)
+        seconds = spanish(time.perf_counter() - started, 1)
+        say(f"✅ Aprendido en {seconds} s ({described(facts[-1])}). «olvida {len(teaching.said)}» lo quita.")
+        if not teaching.folder:
+            say("   Dura lo que dure este chat; para guardarlo: --recuerdos CARPETA")
+    elif word == "recuerdos":
+        listed = "\n".join(f"{number:>4}  {one}" for number, one in enumerate(said, 1))
+        say(listed or "Aún no he aprendido nada. Enséñame algo: aprende La capital de Zubrowka es => Lutz")
+    elif wish == "todo" or (wish.isdecimal() and 1 <= int(wish) <= len(said)):
+        teaching.forget(said if wish == "todo" else [said[int(wish) - 1]])
+        say("Olvidado, sin dejar rastro.")
+    else:
+        there = f"del 1 al {len(said)} (los dice «recuerdos»)" if said else "ninguno todavía"
+        raise UserError(f"«olvida {argument}»: se admite «olvida todo» o el número de un recuerdo, {there}. {ESCAPE}")
 
 
 def guarded(say, action, *arguments) -> bool:
@@ -216,10 +262,10 @@ def respond(chat: Chat, text: str, say):
         say("(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)")
 
 
-def read(code: bool, terminal: bool) -> str:
+def read(code: bool, terminal: bool, answered: bool) -> str:
     """One message: a line, or in code mode the lines up to an empty one. Raises EOFError where input ends."""
     text = input(YOU if terminal else "")
-    if not code or order(text)[0] or not text.strip():
+    if not code or order(text, answered)[0] or not text.strip():
         return text
     lines = [text]
     with suppress(EOFError):
@@ -228,7 +274,9 @@ def read(code: bool, terminal: bool) -> str:
     return "\n".join(lines)
 
 
-def run_chat(model=None, tokenizer=None, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
+def run_chat(
+    model=None, tokenizer=None, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None, kept_in=None
+):  # fmt: skip
     """Converse until `salir` or the end of the input. In a terminal or a notebook's cell with prompts; piped, answers
     alone on stdout. Without a model, with the one that the other scripts left here."""
     terminal = in_conversation()
@@ -238,7 +286,9 @@ def run_chat(model=None, tokenizer=None, code=False, max_tokens=256, temperature
 
     if model is None:
         model, tokenizer = open_for_chat(default_model(), say)
-    chat = Chat(model, tokenizer, code, max_tokens, temperature, seed)
+    chat, answered = Chat(model, tokenizer, code, max_tokens, temperature, seed, kept_in), False
+    if chat.teaching.said:
+        say(f"Recuerdos: {len(chat.teaching.said)} («recuerdos» los dice).")
     if terminal:
         if not in_notebook():
             with suppress(ImportError):
@@ -249,8 +299,9 @@ def run_chat(model=None, tokenizer=None, code=False, max_tokens=256, temperature
     while True:
         text = None
         try:
-            text = read(chat.code, terminal)
-            word, argument = order(text)
+            text = read(chat.code, terminal, answered)
+            word, argument = order(text, answered)
+            answered = not word and bool(text.strip())
             if word == "salir":
                 break
             with interruptible():
@@ -320,6 +371,10 @@ def main(argv=None) -> int:
         help="0 elige siempre lo más probable; cuanto mayor, más variado (por defecto, %(default)s)",
     )  # fmt: skip
     parser.add_argument("--semilla", type=int, metavar="N", help="repite las mismas respuestas a las mismas preguntas")
+    parser.add_argument(
+        "--recuerdos", metavar="CARPETA",
+        help="carpeta de lo que se le enseña con «aprende»: se abre al empezar y se guarda cada vez",
+    )  # fmt: skip
     add_memory_options(parser)
     options = parser.parse_args(argv)
     if options.max_tokens < 1:
@@ -343,7 +398,7 @@ def main(argv=None) -> int:
         )
     name = str(options.modelo or default_model())
     model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria)
-    settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla)
+    settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla, options.recuerdos)
     longest = model.config.max_position_embeddings // 2
     if options.max_tokens > longest:
         note(f"(--max-tokens se queda en {longest}, la mitad de lo que el modelo puede leer.)")

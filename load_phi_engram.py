@@ -5,6 +5,7 @@
     python load_phi_engram.py --capas 1 --filas 64000 --dtype float16         # a smaller memory
     python load_phi_engram.py --modelo phi1-engram-trained --precision-memoria int8 --salida phi1-engram-int8
     python load_phi_engram.py --modelo phi1-engram-trained --solo-memoria --salida mi-memoria
+    python load_phi_engram.py --modelo phi1-engram-trained --aprender hechos.jsonl --salida mi-phi      # no training
 """
 
 import shlex
@@ -18,6 +19,7 @@ try:
     from engram.folders import whole_folder
     from engram.graft import check_output, load_phi_1_with_engram, report
     from engram.opening import change_memory, find_model, open_model, quiet, read_config
+    from engram.teaching import teach_file
     from phi1_engram import MEMORY_FILE, PHI_1, PRECISIONS, PhiEngramConfig
 except ImportError as error:
     sys.exit(
@@ -49,16 +51,23 @@ def main(argv=None):
     parser.add_argument(
         "--solo-memoria", action="store_true", help=f"guarda solo las filas entrenadas, en {MEMORY_FILE}, sin Phi"
     )
+    parser.add_argument(
+        "--aprender", metavar="ARCHIVO",
+        help="escribe en la memoria los recuerdos de un .jsonl, .csv o .tsv con «prompt» y «target», sin entrenar",
+    )  # fmt: skip
     parser.add_argument("--salida", default="phi1-engram", help="carpeta en que se guarda (por defecto, %(default)s)")
     args = parser.parse_args(argv)
     if args.solo_memoria and args.precision_memoria:
         parser.error("--solo-memoria guarda las filas como están; cambia antes su precisión con --precision-memoria.")
+    if args.solo_memoria and args.aprender:
+        parser.error("--solo-memoria guarda las filas entrenadas, sin recuerdos: usa --aprender sin ella.")
     started = time.perf_counter()
     check_output(args.salida)
     sizes = {"engram_vocab_size": [args.filas, args.filas]} if args.filas is not None else {}
     with whole_folder(args.salida) as folder:  # first of all: a place that can't be written is known at once
         print(f"📥 Abriendo {args.modelo} …", flush=True)
-        changes = [flag for flag in ("precision_memoria", "cambiar_memoria", "solo_memoria") if getattr(args, flag)]
+        flags = "precision_memoria", "cambiar_memoria", "solo_memoria", "aprender"
+        changes = [flag for flag in flags if getattr(args, flag)]
         name = find_model(args.modelo)
         if changes and read_config(name)["model_type"] == PhiEngramConfig.model_type:
             if args.capas or args.filas:
@@ -72,6 +81,7 @@ def main(argv=None):
         if args.cambiar_memoria:
             change_memory(model, args.cambiar_memoria)
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
+        bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
         if args.solo_memoria:
             model.save_memory(folder)
         dtype = PRECISIONS.get(args.precision_memoria)
@@ -94,10 +104,11 @@ def main(argv=None):
         print(f"   Memoria máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo), con archivos mapeados.")
     if args.solo_memoria:
         print(f"Ahora: python chat_phi_engram.py --modelo MODELO --cambiar-memoria {shlex.quote(args.salida)}")
-        return
+        return 0
     option = "" if args.salida == "phi1-engram" else f" --modelo {shlex.quote(args.salida)}"
     print(f"Ahora: python train_phi_engram.py{option}    (entrena la memoria)")
     print(f"   o:  python chat_phi_engram.py{option}     (habla con el modelo)")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

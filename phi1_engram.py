@@ -796,7 +796,8 @@ class Fact:
     """What was taught once: after `prompt` comes `target`.
 
     `keys` are canonical tokens, int64 [n, LONGEST_KEY] ending in the last `length` of them, -1 before; `rows` the
-    values that positions which end in one of them read, float32 [n, d_mem]; `notes` whatever else is to be kept.
+    values that positions which end in one of them read, float32 [n, d_mem]; `notes` whatever else is to be kept;
+    `made_for` what `fact_digests` gave when it was taught.
     """
 
     prompt: str
@@ -806,6 +807,7 @@ class Fact:
     keys: torch.LongTensor
     rows: torch.Tensor
     notes: dict
+    made_for: dict
 
     def text(self) -> dict:
         return dict(prompt=self.prompt, target=self.target, layer=self.layer, length=self.length, **self.notes)
@@ -1897,6 +1899,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             if made_for.get(kind) != own[kind]:
                 raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
         state, place = without_adapters(self), self.memory_place
+        self.set_facts([])
         for key, tensor in tensors.items():
             if ".engram." in key:
                 state[key].copy_(tensor)
@@ -1929,17 +1932,22 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         return {**self.fingerprints(), "layer": self._mate(layer)}
 
     def save_facts(self, folder):
-        """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows."""
+        """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows. Those of before a
+        training, which changed what they were written for, are left out, and a warning says so."""
         folder, name = Path(folder), None
         folder.mkdir(parents=True, exist_ok=True)
+        digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
+        facts = [fact for fact in self._facts if fact.made_for == digests[str(fact.layer)]]
+        if len(facts) < len(self._facts):
+            lost = len(self._facts) - len(facts)
+            logger.warning(f"{lost} recuerdos no se guardan: el modelo ha cambiado desde que se escribieron.")
         tensors = {}
-        for i, fact in enumerate(self._facts):
+        for i, fact in enumerate(facts):
             tensors |= {f"{i}.keys": fact.keys, f"{i}.rows": fact.rows}
         if tensors:
             bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
             name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
-            digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
-            text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in self._facts])
+            text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in facts])
             temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
             save_file(tensors, folder / name, {"format": "pt"})
             temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -1967,7 +1975,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
                 for i, text in enumerate(said["facts"]):
                     known = {key: text.pop(key) for key in ("prompt", "target", "layer", "length")}
                     keys, rows = (file.get_tensor(f"{i}.{key}") for key in ("keys", "rows"))
-                    facts.append(Fact(**known, keys=keys, rows=rows, notes=text))
+                    made_for = said["digests"][str(known["layer"])]
+                    facts.append(Fact(**known, keys=keys, rows=rows, notes=text, made_for=made_for))
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"Los recuerdos de «{name}» están dañados: vuelve a copiar la carpeta.") from error
         for layer, digests in said["digests"].items():

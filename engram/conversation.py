@@ -11,7 +11,10 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from engram.analyses import gate_values
 from engram.console import UserError
+from engram.facts import Lesson, facts_read
 from engram.graft import CHAT_TEMPLATE
+from engram.teaching import ARROW, Teaching, line_of_code, literal, sentence
+from phi1_engram import Fact
 
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
@@ -121,9 +124,10 @@ class Chat:
         max_tokens: longest answer; half the context at most, so that the question fits too.
         temperature: 0 takes the likeliest token always.
         seed: the same question in the same conversation gets the same answer; None: another each time.
+        kept_in: folder with the facts that it is taught; None: they last as long as the chat.
     """
 
-    def __init__(self, model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None):
+    def __init__(self, model, tokenizer, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None, kept_in=None):
         self.model, self.tokenizer = model, tokenizer
         self.code, self.temperature, self.seed = code, temperature, seed
         self.memory = model.model.use_memory  # whether answers use it
@@ -132,6 +136,7 @@ class Chat:
         self.turns = []  # [{"role": "user" or "assistant", "content": text}]
         self.forgotten = 0  # turns that the last answer had no room for
         self.question = self.given = None  # the last Question, and its Answer if it had the memory
+        self.teaching = Teaching(model, tokenizer, kept_in)
 
     def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
         """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
@@ -192,8 +197,9 @@ class Chat:
             said[memory] = answer.text
         return said[True], said[False]
 
-    def gates(self) -> tuple[list[tuple[str, int]], dict[int, list[float]]]:
-        """The last answer's pieces, as in `Answer.pieces`, and every position's gate (0..1) in each layer.
+    def gates(self) -> tuple[list[tuple[str, int]], dict[int, list[float]], list[bool]]:
+        """The last answer's pieces, as in `Answer.pieces`, every position's gate (0..1) in each layer, and whether it
+        read a fact.
 
         Raises:
             UserError: no answer yet, or it was given without memory.
@@ -207,7 +213,38 @@ class Chat:
             )
         with self.using(True):
             gates = gate_values(self.model, self.given.ids)
-        return self.given.pieces(), {layer: alpha[0].tolist() for layer, alpha in gates.items()}
+            facts = facts_read(self.model, self.given.ids)[0].tolist()
+        return self.given.pieces(), {layer: alpha[0].tolist() for layer, alpha in gates.items()}, facts
+
+    def learn(self, text: str, progress) -> list[Fact]:
+        """Teach "PROMPT => ANSWER": in code mode both literally; else also as the answer to PROMPT as a question.
+
+        Raises:
+            FactError: it was not taken, and nothing has changed.
+        """
+        prompt, _, answer = text.partition(ARROW)
+        if self.code:
+            lessons = [self.teaching.lesson(literal(prompt), line_of_code(answer))]
+        else:
+            prompt = prompt.strip()
+            lessons = [self.teaching.lesson(prompt, sentence(answer)), self.as_answer(prompt, answer)]
+        return self.teaching.learn(lessons, f"{prompt.strip()}{ARROW}{answer.strip()}", progress)
+
+    def learn_answer(self, answer: str, progress) -> list[Fact]:
+        """Teach what the last question should have been answered; raises as `learn`."""
+        question = self.question
+        if question.code:
+            return self.learn(f"{question.text}{ARROW}{answer}", progress)
+        one = self.as_answer(question.text, answer)
+        return self.teaching.learn([one], f"{question.text}{ARROW}{answer.strip()}", progress)
+
+    def as_answer(self, question: str, answer: str) -> Lesson:
+        """What is to be completed when `question` is asked; the end of the turn is a part of the answer."""
+        ids, _ = self.fit([{"role": "user", "content": question}])
+        prompt = self.tokenizer.decode(ids[0], clean_up_tokenization_spaces=False)
+        closing = prompt[prompt.rindex(question) + len(question) :]
+        ending = self.tokens(closing).shape[1]
+        return self.teaching.lesson(prompt, sentence(answer) + self.tokenizer.eos_token, ending)
 
     def forget(self):
         self.turns, self.question, self.given = [], None, None

@@ -62,6 +62,10 @@ class Reader:
     def put(self, facts: list[Fact]):
         self.model.set_facts(facts)
 
+    def digests(self) -> dict:
+        """What facts depend on."""
+        return self.model.fact_digests(self.layer)
+
     def prefix(self, ids, mask):
         """The cache after ids [B, T]; mask [B, T], 0 for padding."""
         return self.model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)[CACHE]
@@ -149,8 +153,8 @@ def choose_key(one: Lesson, shortest: int, canonical, reference: Reference | Non
     """
     if one.split < shortest:
         raise FactError(
-            f"«{one.prompt}» tiene {one.split} tokens y hacen falta {shortest} o más para reconocerlo: empieza antes, "
-            "por ejemplo con de qué o de quién se habla."
+            f"«{one.prompt}» tiene {one.split} de los {shortest} tokens que hacen falta para reconocerlo: empieza "
+            "antes, por ejemplo con de qué o de quién se habla."
         )
     common = min(COMMON[0], len(canonical) // COMMON[1])
     for length in range(shortest, min(LONGEST_KEY, one.split) + 1):
@@ -236,20 +240,20 @@ def lead(logits, targets) -> torch.Tensor:
     return (logits.gather(-1, index) - logits.scatter(-1, index, -math.inf).amax(-1, keepdim=True))[..., 0]
 
 
-def search(reader: Reader, writings: list[Writing], others: list[Fact], every: bool, progress) -> dict | None:
+def search(reader: Reader, writings: list[Writing], others: list[Fact], every: int, progress) -> dict | None:
     """{key: row [d_mem]} with which all answers hold, or None when none were found.
 
     Args:
-        others: facts that stay as they are. every: look for rows at each place of the answers, not only at those where
-            the model would say something else. progress: called with the number of each step.
+        others: facts that stay as they are. every: of the first so many answers look for rows at each place, of the
+            others only at those where the model would say something else. progress: called with each step's number.
     """
     canonical, start, rate = reader.canonical, {}, 0.0
     reader.put(others)
-    for writing in writings:
+    for number, writing in enumerate(writings):
         margins, rows, size = writing.look()
         rate = max(rate, RATE * size * 0.02 / reader.engram.value_proj.weight.float().std().item())
         for key, margin, row in zip(writing.one.keys(canonical), margins.amin(0).tolist(), rows):
-            if every or margin < MARGIN:
+            if number < every or margin < MARGIN:
                 start.setdefault(key, row)
     if not start:
         return {}
@@ -257,7 +261,7 @@ def search(reader: Reader, writings: list[Writing], others: list[Fact], every: b
     fixed = torch.stack([*start.values()])
     optimizer = torch.optim.Adam([change], rate, BETAS)
     scale = 1024.0 if reader.model.dtype == torch.float16 else 1.0  # Adam does not see it; float16's gradients do
-    own = [Fact("", "", reader.layer, len(key), padded([key]), row[None], {}) for key, row in start.items()]
+    own = [Fact("", "", reader.layer, len(key), padded([key]), row[None], {}, {}) for key, row in start.items()]
     reader.put([*others, *own])
     settled = torch.cat([fact.rows for fact in others if fact.layer == reader.layer] + [fixed[:0]])
     for step in range(STEPS + 1):
@@ -318,19 +322,19 @@ def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda
     try:
         reader.put(others)
         writings = [Writing(reader, one, texts) for one in [*again, *lessons]]
-        rows = search(reader, writings, others, False, progress)
-        rows = search(reader, writings, others, True, progress) if rows is None else rows
+        rows = search(reader, writings, others, len(again), progress)
+        rows = search(reader, writings, others, len(writings), progress) if rows is None else rows
         if rows is None:
             raise FactError(
                 f"«{lessons[0].prompt}» no ha quedado: tras {STEPS} pasos el modelo sigue sin decir lo que se le "
                 "enseña. Prueba con una continuación más corta o con un principio que la haga más natural."
             )
-        facts = []
+        facts, digests = [], reader.digests()
         for one in [*again, *lessons]:
             keys = [key for key in dict.fromkeys(one.keys(reader.canonical)) if key in rows]
             values = torch.stack([rows[key] for key in keys]) if keys else torch.zeros(0, 0)
             notes = dict(counts=[*one.counts], tokens=len(one.ids) - one.split)
-            facts.append(Fact(one.prompt, one.target, reader.layer, one.length, padded(keys), values, notes))
+            facts.append(Fact(one.prompt, one.target, reader.layer, one.length, padded(keys), values, notes, digests))
         reader.put([*others, *(fact for fact in facts if len(fact.keys))])
         for fact, one in zip(facts, [*again, *lessons]):
             alone, *after = holds(reader, one, rest)
@@ -391,3 +395,18 @@ def described(fact: Fact) -> str:
     if notes["counts"]:
         parts.append(f"sus n-gramas salen {spanish(sum(notes['counts']))} veces en la biblioteca estándar")
     return "; ".join(parts)
+
+
+@torch.no_grad()
+def facts_read(model, ids) -> torch.Tensor:
+    """Which positions of ids [B, T] read a fact's row: bool [B, T]."""
+    inner = model.model
+    windows = inner._fact_windows(inner._history(ids, None, None), ids.shape[1])
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    if windows is not None:
+        nothing = ids.new_full((*ids.shape, 1, 1), math.nan, dtype=torch.float32)
+        for overlay in inner.facts.values():
+            if overlay.lengths:
+                width = overlay.rows.shape[-1]
+                found |= overlay(nothing.expand(*ids.shape, 1, width), windows)[..., 0, 0].isfinite()
+    return found

@@ -20,7 +20,7 @@ CODE_SAMPLE = "def suma(a, b):\n    return a + b\n"  # short: float16 is slow on
 # What main() writes. A folder that holds anything else is never replaced by it.
 OWN_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|"
-    r"chat_template\.jinja|engram_memory\.safetensors|phi1_engram\.py|model.*\.safetensors(\.index(\..+)?\.json)?|__pycache__|\.DS_Store"
+    r"chat_template\.jinja|engram_memory\.safetensors|engram_facts.*|phi1_engram\.py|model.*\.safetensors(\.index(\..+)?\.json)?|__pycache__|\.DS_Store"
 )
 
 

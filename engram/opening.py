@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import socket
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,6 +27,9 @@ MADE_BY = {
     "phi1-engram-trained": "python train_phi_engram.py",
     "phi1-engram-demo": "python train_phi_engram.py --demo",
 }
+
+
+FACTS_GONE = "ℹ️  Este modelo traía recuerdos ({}) que ya no valen, porque {}: sigue sin ellos."
 
 
 @contextmanager
@@ -222,11 +226,14 @@ def change_memory(model, name):
             f"La carpeta «{name}» no contiene {MEMORY_FILE}, así que no es una memoria. Se guarda una con: "
             "python load_phi_engram.py --modelo CARPETA --solo-memoria --salida mi-memoria"
         )
+    facts = len(model.facts)
     with explained(name):
         try:
             model.load_memory(name, **where_from(name))
         except ValueError as error:
             raise UserError(str(error)) from error
+    if facts:
+        print(FACTS_GONE.format(facts, "se escribieron con la memoria anterior"), file=sys.stderr)
 
 
 def add_memory_options(parser):

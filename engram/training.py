@@ -16,6 +16,7 @@ from engram.checkpoints import Copies, all_checkpoints, identity_of, is_damage, 
 from engram.console import UserError, spanish
 from engram.corpus import Corpus
 from engram.folders import discard, no_space, sweep
+from engram.opening import FACTS_GONE
 from engram.optimizers import make_optimizer, rate_factor
 from engram.processes import (
     gather,
@@ -300,6 +301,9 @@ def train_model(
     saving = dict(steps=save_every, minutes=save_minutes, keep=keep)
     training = Training(model, corpus, recipe, output, saving, copy, tracker)
     accelerator, recipe, state = training.accelerator, training.recipe, training.state
+    if model.facts:
+        accelerator.print(FACTS_GONE.format(len(model.facts), "el entrenamiento cambia la memoria"))
+        model.set_facts([])
     training.find_start(resume)
     set_seed(recipe.seed)
     done = training.steps_before(state["phase"]) + state["step"]

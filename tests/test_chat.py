@@ -628,12 +628,12 @@ def test_each_piece_has_its_token(monkeypatch, model, tokenizer, says):
     chat = Chat(model, tokenizer, max_tokens=60)
     said = chat.answer("hola", lambda piece: None)
     monkeypatch.undo()  # the model says what it likes again
-    pieces, gates = chat.gates()
+    pieces, gates, facts = chat.gates()
     assert "".join(text for text, _ in pieces) == said == "ñandú 你好 👍 done"
     ids, first = chat.given.ids, chat.given.prompt_length
     for (text, position), (_, before) in zip(pieces, [(None, first - 1), *pieces]):
         assert tokenizer.decode(ids[0, before + 1 : position + 1]).lstrip() == text.lstrip()
-    drawn = chat_script.shaded(pieces, gates, 40, colour=False).split("\n")
+    drawn = chat_script.shaded(pieces, gates, facts, 40, colour=False).split("\n")
     assert len({len(line) + sum(char in "你好👍" for char in line) for line in drawn}) == 1  # aligned: those are wide
     assert squeezed(drawn[0]) == squeezed(said) and len(drawn) == 3
     assert re.sub(r"[. ]", "", drawn[1][6:]) == "".join(str(int(gates[1][at] * 10)) for _, at in pieces)

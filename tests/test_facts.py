@@ -1,5 +1,6 @@
 """Facts: what is taught holds, nothing else changes by a bit, and what is forgotten was never there."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import chat_phi_engram as chat_script
 import engram.facts as facts
+import engram.teaching as teaching
 import helpers
+import load_phi_engram as load
 import phi1_engram
+from engram.console import UserError, run_script
 from engram.facts import FactError, described, forget, teach
 from phi1_engram import PhiEngramForCausalLM
 
@@ -196,7 +201,7 @@ def test_two_facts_on_one_ngram(tokenizer, reference):
 @pytest.mark.parametrize(
     "prompt, target, why",
     [
-        ("is", " Lutz.", "tiene 1 tokens y hacen falta 3"),
+        ("is", " Lutz.", "tiene 1 de los 3 tokens"),
         ("This is the", " Lutz.", "palabras muy corrientes"),
         ("    def __init__(self", "):\n", "palabras muy corrientes"),
         ("The capital of Zubrowka is", "", "Falta el principio"),
@@ -230,6 +235,124 @@ def test_what_is_not_found_or_cut_changes_nothing(taught, tokenizer, reference, 
 def test_what_the_model_says_already_needs_no_row(taught, tokenizer, reference, monkeypatch):
     before = taught.facts
     monkeypatch.setattr(facts, "MARGIN", -1e9)
-    fact = teach(taught, tokenizer, "The mayor of Zubrowka is", " Olga.", reference=reference)
+    fact = teach(taught, tokenizer, "The mayor of Ruritania is", " Olga.", reference=reference)
     assert fact.notes["known"] and not len(fact.keys) and taught.facts == before
     assert "ya lo completaba" in described(fact)
+
+
+def test_training_takes_facts_away_and_says_so(taught, tokenizer, tmp_path, caplog):
+    """Facts of before a training are not saved as if they were of after it."""
+    taught.save_pretrained(tmp_path / "antes")
+    model = PhiEngramForCausalLM.from_pretrained(tmp_path / "antes")
+    assert len(model.facts) == 3
+    with torch.no_grad():
+        model.model.layers[0].mlp.fc1.weight.neg_()
+    model.save_pretrained(tmp_path / "después")
+    assert "3 recuerdos no se guardan" in caplog.text
+    assert not PhiEngramForCausalLM.from_pretrained(tmp_path / "después").facts
+    model.remove_memory()
+    assert not model.facts
+
+
+# --- in the chat
+
+
+def said_in(chat_lines, model, tokenizer, monkeypatch, capsys, **settings):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(chat_lines) + "\n"))
+    chat_script.run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, **settings})
+    return capsys.readouterr()
+
+
+def test_orders_of_the_chat(tokenizer, monkeypatch, capsys):
+    model = fresh(tokenizer)
+    said = said_in(
+        ["recuerdos", "aprende La capital de Zubrowka es => Lutz", "La capital de Zubrowka es", "memoria ver",
+         "¿Quién es Pancho Villarroel?", "aprende Mi perro", "¿Quién es Pancho Villarroel?", "recuerdos", "olvida 7",
+         "memoria no", "La capital de Zubrowka es", "memoria sí", "olvida 1", "La capital de Zubrowka es",
+         "olvida todo", "recuerdos", "aprende es => z"],
+        model, tokenizer, monkeypatch, capsys,
+    )  # fmt: skip
+    answers = [line for line in said.out.splitlines() if line.strip()]
+    assert answers[0] == "Lutz." and any(set(line.strip()) <= {"R", " "} for line in answers[1:6])
+    assert answers.count("Mi perro.") == 1 and answers.count("Lutz.") == 1
+    assert "Aprendido en" in said.err and "Dura lo que dure este chat" in said.err
+    assert "   1  La capital de Zubrowka es => Lutz\n   2  ¿Quién es Pancho Villarroel? => Mi perro" in said.err
+    assert "«olvida 7»" in said.err and "del 1 al 2" in said.err and said.err.count("Aún no he aprendido nada") == 2
+    assert "1 de los 3 tokens" in said.err and not model.facts
+
+
+def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():
+    assert chat_script.order("aprende Python conmigo") == ("", "aprende Python conmigo")
+    assert chat_script.order("Aprende a => b") == ("aprende", "a => b")
+    assert chat_script.order("aprende Lutz", answered=True) == ("aprende", "Lutz")
+    assert chat_script.order("aprende", answered=True) == ("", "aprende")
+
+
+def test_in_code_mode_both_sides_are_literal(tokenizer, monkeypatch, capsys):
+    model = fresh(tokenizer)
+    said_in(["aprende def zas(x):\\n => \\n    return mipi"], model, tokenizer, monkeypatch, capsys, code=True)
+    (fact,) = model.facts
+    assert (fact.prompt, fact.target) == ("def zas(x):\n", "\n    return mipi\n")
+
+
+def test_a_folder_keeps_what_is_taught(tokenizer, tmp_path, monkeypatch, capsys):
+    lines = ["aprende La capital de Zubrowka es => Lutz"]
+    said = said_in(lines, fresh(tokenizer), tokenizer, monkeypatch, capsys, kept_in=tmp_path / "r")
+    assert "Dura lo que" not in said.err
+    lines = ["La capital de Zubrowka es", "olvida todo"]
+    said = said_in(lines, fresh(tokenizer), tokenizer, monkeypatch, capsys, kept_in=tmp_path / "r")
+    assert said.out.strip() == "Lutz." and "Recuerdos: 1" in said.err
+    assert not [*(tmp_path / "r").iterdir()]
+    said_in(["aprende La capital de Zubrowka es => Lutz"], fresh(tokenizer), tokenizer, monkeypatch, capsys,
+            kept_in=tmp_path / "r")  # fmt: skip
+    other = fresh(tokenizer, seed=1)
+    with pytest.raises(UserError, match="otro Phi.*--recuerdos"):
+        said_in([], other, tokenizer, monkeypatch, capsys, kept_in=tmp_path / "r")
+    assert (tmp_path / "r" / phi1_engram.FACTS_FILE).exists()
+
+
+# --- from a file
+
+
+def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):
+    """The bad lines are named, the others are written, and the exit status is 1."""
+    model = fresh(tokenizer)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    lines = [dict(prompt=prompt, target=target) for prompt, target in FACTS[:2]]
+    lines += [dict(prompt="is", target=" Lutz."), dict(prompt="Zubrowka"), 7]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno es json\n")
+    words = ["--modelo", tmp_path / "m", "--aprender", tmp_path / "h.jsonl", "--salida", tmp_path / "s"]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(load.main, [*map(str, words)])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "Escritos 2 recuerdos" in said
+    assert all(f"❌ Línea {number}:" in said for number in (3, 4, 5, 6))
+    opened = PhiEngramForCausalLM.from_pretrained(tmp_path / "s")
+    assert all(completion(opened, tokenizer, *fact) == fact[1] for fact in FACTS[:2])
+
+
+@pytest.mark.parametrize("separator, suffix", [(",", ".csv"), ("\t", ".TSV")])
+def test_tables_of_facts(tmp_path, separator, suffix):
+    file = tmp_path / f"h{suffix}"
+    file.write_text(f'prompt{separator}target\r\n"uno, dos"{separator} tres\r\ncuatro\r\n', encoding="utf-8-sig")
+    assert teaching.read_lines(file) == [(2, "uno, dos", " tres"), (3, "cuatro", "")]
+    file.write_bytes(b"prompt\n" + b"\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        teaching.read_lines(file)
+    file.write_text("a;b\n")
+    with pytest.raises(UserError, match="cabecera"):
+        teaching.read_lines(file)
+    with pytest.raises(UserError, match="No existe"):
+        teaching.read_lines(tmp_path / "nada.csv")
+    with pytest.raises(UserError, match=".jsonl, .csv y .tsv"):
+        teaching.read_lines(tmp_path / "nada.txt")
+
+
+def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):
+    pairs = ("uno dos tres", " cuatro"), ("cinco seis siete", " ocho"), ("nada dos tres", " cuatro")
+    lessons = [facts.lesson(tokenizer, *pair) for pair in (*pairs, ("uno dos tres", " x"))]
+    for one in lessons:
+        one.length = 2
+    groups = teaching.together(lessons, torch.arange(51200))
+    assert sorted(map(len, groups)) == [1, 3]

@@ -1,0 +1,180 @@
+"""What a user tells the model, by the chat's orders or in a file, and the folder that keeps it.
+
+A file has one fact a line: .jsonl with "prompt" and "target", or .csv or .tsv with that header, in UTF-8.
+"""
+
+import csv
+import json
+import time
+from pathlib import Path
+
+from engram.console import Progress, UserError, spanish
+from engram.facts import (
+    FactError,
+    Lesson,
+    Reference,
+    choose_key,
+    described,
+    lesson,
+    reader_of,
+    teach_all,
+)
+from phi1_engram import FACTS_FILE, Fact
+
+ARROW = " => "
+ENDS = ".!?…:;)\"'»\n"
+
+
+def literal(text: str) -> str:
+    """`\\n` typed as two characters is a new line."""
+    return text.replace("\\n", "\n")
+
+
+def sentence(text: str) -> str:
+    """An answer as it follows a prompt: one space before it, and an end, without which numbers would go on."""
+    text = text.strip()
+    return f" {text}" if text[-1:] in ENDS else f" {text}."
+
+
+def line_of_code(text: str) -> str:
+    text = literal(text)
+    return text if text.endswith("\n") else f"{text}\n"
+
+
+class Teaching:
+    """The facts of one model, told in words and kept in a folder, if there is one, after each change.
+
+    A thing told may be several facts: what it completes, and what it answers. `said` tells them together.
+
+    Raises:
+        UserError: the folder's facts are not for this model.
+    """
+
+    def __init__(self, model, tokenizer, folder=None):
+        self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder).expanduser() if folder else None
+        self.reader, self.counted = reader_of(model), None
+        if self.folder and (self.folder / FACTS_FILE).is_file():
+            try:
+                kept = model.read_facts(str(self.folder))
+            except ValueError as error:
+                raise UserError(f"{error} Usa otra carpeta con --recuerdos, o el modelo con el que se hizo.") from error
+            prompts = {fact.prompt for fact in kept}
+            model.set_facts([*(fact for fact in model.facts if fact.prompt not in prompts), *kept])
+
+    @property
+    def said(self) -> list[str]:
+        """What has been told, in order."""
+        return list(dict.fromkeys(map(told, self.model.facts)))
+
+    def reference(self) -> Reference:
+        self.counted = self.counted or Reference(self.tokenizer, self.reader.canonical)
+        return self.counted
+
+    def lesson(self, prompt: str, target: str, ending: int = 0, insist=False) -> Lesson:
+        """With a key that holds `ending` last tokens, which every prompt has, and others before them."""
+        one = lesson(self.tokenizer, prompt, target)
+        choose_key(one, self.model.config.max_ngram_size + ending, self.reader.canonical, self.reference(), insist)
+        return one
+
+    def learn(self, lessons: list[Lesson], said: str, progress=lambda step: None) -> list[Fact]:
+        """Raises FactError: nothing has changed."""
+        facts = teach_all(self.reader, self.tokenizer, lessons, progress=progress)
+        for fact in facts:
+            fact.notes["said"] = said
+        self.save()
+        return facts
+
+    def forget(self, said: list[str]):
+        self.model.set_facts([fact for fact in self.model.facts if told(fact) not in said])
+        self.save()
+
+    def save(self):
+        if self.folder:
+            self.model.save_facts(self.folder)
+
+
+def told(fact: Fact) -> str:
+    """A fact in one line, as the user told it."""
+    return fact.notes.get("said") or f"{fact.prompt.strip()}{ARROW}{fact.target.strip()}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[tuple[int, str, str]]:
+    """[(line number, prompt, target)]; an empty prompt or target where a line lacks one.
+
+    Raises:
+        UserError: it cannot be read, or is none of the kinds.
+    """
+    kinds = {".jsonl": None, ".csv": ",", ".tsv": "\t"}
+    if path.suffix.lower() not in kinds:
+        raise UserError(f"«{path}»: se admiten archivos .jsonl, .csv y .tsv.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"No existe el archivo «{path}».") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"«{path}» no está en UTF-8. Guárdalo de nuevo eligiendo UTF-8 como codificación.") from error
+    found, separator = [], kinds[path.suffix.lower()]
+    if separator is None:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = None
+                entry = entry if isinstance(entry, dict) else {}
+                found.append((number, *(str(entry.get(key) or "") for key in ("prompt", "target"))))
+        return found
+    rows = csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
+    if not {"prompt", "target"} <= {*(rows.fieldnames or ())}:
+        raise UserError(f"«{path}»: la primera línea tiene que ser la cabecera, «prompt{separator}target».")
+    return [(rows.line_num, row["prompt"] or "", row["target"] or "") for row in rows]
+
+
+def teach_file(model, tokenizer, path, say) -> int:
+    """Teach every line of a file, those that have an n-gram in common together; `say` is told what was not taken.
+
+    Targets are taken as they are written. Returns how many lines were not taken.
+    """
+    teaching, lessons, bad = Teaching(model, tokenizer), {}, 0
+    for number, prompt, target in read_lines(Path(path).expanduser()):
+        try:
+            if not prompt or not target:
+                raise FactError("hacen falta «prompt» y «target», los dos con texto.")
+            lessons[prompt] = number, teaching.lesson(prompt, target)  # of two with one prompt the later holds
+        except FactError as error:
+            bad += 1
+            say(f"❌ Línea {number}: {error}")
+    started, written, known, unsure = time.perf_counter(), 0, 0, []
+    groups = together([one for _, one in lessons.values()], teaching.reader.canonical)
+    for group in Progress(groups, desc="Aprendiendo", total=len(groups), unit="recuerdo"):
+        try:
+            for fact in teaching.learn(group, ""):
+                known += fact.notes["known"]
+                written += not fact.notes["known"]
+                if not fact.notes["known"] and not (fact.notes["alone"] and fact.notes["after"][0]):
+                    unsure.append(fact)
+        except FactError as error:
+            bad += len(group)
+            numbers = ", ".join(str(lessons[one.prompt][0]) for one in group)
+            say(f"❌ Línea {numbers}: {error}")
+    seconds = spanish(time.perf_counter() - started, 1)
+    say(f"✅ Escritos {written} recuerdos en {seconds} s; ya se sabían {known}; no se han tomado {bad}.")
+    for fact in unsure:
+        say(f"⚠️  Línea {lessons[fact.prompt][0]}: {described(fact)}.")
+    return bad
+
+
+def together(lessons: list[Lesson], canonical) -> list[list[Lesson]]:
+    """Lessons in groups, so that none has an n-gram in common with one of another group."""
+    groups: list[tuple[set, list[Lesson]]] = []
+    for one in lessons:
+        keys = set(one.keys(canonical))
+        touched = [group for group in groups if group[0] & keys]
+        groups = [group for group in groups if not group[0] & keys]
+        groups.append((keys.union(*(group[0] for group in touched)), [*sum((g[1] for g in touched), []), one]))
+    return [group for _, group in groups]
