@@ -306,7 +306,7 @@ def line() -> str:
     """The innermost line of the product that is running, or "library"."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.parent in (ROOT, ROOT / "engram"):
+        if path.parent in (ROOT, ROOT / "engram") and frame.name != "generate":  # whose loop is transformers'
             return f"{path.name}:{frame.lineno}"
     return "library"
 
