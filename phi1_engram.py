@@ -48,6 +48,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 try:
     import psutil  # accelerate brings it
@@ -65,6 +66,16 @@ END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_rope(parameters: dict):
+    """Raise ValueError for rotary positions other than Phi-1's."""
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(
+            f"rope_type={rope_type!r} no está admitido: Phi-1 usa posiciones rotatorias sin escalar "
+            "('default'). Quita rope_scaling de la configuración."
+        )
 
 
 class PhiEngramConfig(PhiConfig):
@@ -128,12 +139,7 @@ class PhiEngramConfig(PhiConfig):
                 f"num_attention_heads={self.num_attention_heads} no es divisible entre "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(
-                f"rope_type={rope_type!r} no está admitido: Phi-1 usa posiciones rotatorias sin escalar "
-                "('default'). Quita rope_scaling de la configuración."
-            )
+        check_rope(self.rope_parameters)
         if self.hc_mult != 1:
             raise ValueError(
                 f"hc_mult={self.hc_mult!r} no es posible: Phi tiene una sola corriente residual y el único valor es 1. "
@@ -329,6 +335,9 @@ class EngramHash(nn.Module):
         self.register_buffer("multipliers", torch.zeros(shape[0], config.max_ngram_size, dtype=torch.long))
         self.register_buffer("primes", torch.zeros(shape, dtype=torch.long))
         self.register_buffer("offsets", torch.zeros(shape[0], shape[1] * shape[2], dtype=torch.long))
+        # What needs a tokenizer waits until it is known that no checkpoint brings it.
+        if not config.engram_tokenizer_compression and not self.token_map.is_meta:
+            self.reset_buffers()
 
     def reset_buffers(self):
         """Compute every constant that was not read from a checkpoint. Called by `_init_weights`."""
@@ -824,6 +833,7 @@ class PhiRotaryEmbedding(nn.Module):
     def inverse_frequencies(self) -> torch.Tensor:
         """float32 [rotary/2]."""
         parameters = self.config.rope_parameters
+        check_rope(parameters)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = int(head_dim * parameters["partial_rotary_factor"])
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, rotary, 2, dtype=torch.float) / rotary))
@@ -956,6 +966,11 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: ids -> hidden -> logits, loss
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def takes_old_cache_name(forward: Callable) -> Callable:
+    """Where transformers calls the cache by its new name, take the old one as its own models do: with a warning."""
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE == "cache" else forward
 
 
 def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | None:
@@ -1194,6 +1209,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         for layer_id in indices:
             with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1363,6 +1379,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # as in Phi, whose configuration brings the rest of the plan
 
     def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
         super().__init__(config)
@@ -1374,7 +1391,10 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path=None, *args, engram_storage: str = "auto", output_loading_info=False,
+        **kwargs,
+    ):  # fmt: skip
         """transformers' own, plus where the memory's rows live in this process.
 
         Args:
@@ -1385,11 +1405,13 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """
         if engram_storage not in PLACES:
             raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        name = pretrained_model_name_or_path
         empty = {} if name is None else {"empty_tables": True}
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **empty, **kwargs)
         if empty:
             hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
-            files = model._table_files(name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs})
+            hub = {key: kwargs[key] for key in hub if key in kwargs}
+            files = model._table_files(name, kwargs.get("variant"), hub, info["missing_keys"])
             model._fill_tables(files, engram_storage)
             absent = [f"model.engram_tables.{i}.weight" for i in model.config.engram_layer_ids if i not in files]
             info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
@@ -1443,8 +1465,11 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         if place == "gpu":
             table.to(self.model.layers[int(layer_id)].engram.value_proj.weight.device)
 
-    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+    def _table_files(self, name, variant, hub, missing=()) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors.
+
+        Not those of a layer whose dense weights are `missing` from it: rows mean nothing beside others.
+        """
 
         def find(file):
             try:
@@ -1459,10 +1484,18 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         for layer_id in self.config.engram_layer_ids:
             key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
             path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
+            if lost := sorted(key for key in missing if f"layers.{layer_id}.engram." in key):
+                if path is not None:
+                    logger.warning(
+                        f"A «{name}» le falta {lost[0]}: sus filas de la capa {layer_id} no se leen, y esa memoria "
+                        "queda sin entrenar. Vuelve a copiar el modelo entero."
+                    )
+                continue
             if path is None and index is not None:
                 path = find(index[key]) if key in index else None
             elif path is None and single is not None:
                 with safe_open(single, "pt") as file:
+                    key = key if key in file.keys() else key.removeprefix("model.")  # `PhiEngramModel` writes it so
                     path = single if key in file.keys() else None
             if path is not None:
                 files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
@@ -1630,6 +1663,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
         table.settle("ram" if place == "disco" else place)
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1656,9 +1690,10 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             `logits` [B, T, V], and `loss`, nats per token, when labels were given.
         """
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, return_dict=True, past_key_values=past_key_values, **kwargs,
+            output_attentions=output_attentions, return_dict=True, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
