@@ -459,7 +459,8 @@ class TableFile:
         self.start = 8 + length + begin
         if end - begin != n_rows * self.row_bytes or size < 8 + length + end:
             raise self._bad(f"está a medias: tiene {size} bytes de {8 + length + end}")
-        if mate is not None and meta.get("engram_mate", mate) != mate:
+        self.mate = meta.get("engram_mate")
+        if None not in (mate, self.mate) and self.mate != mate:
             raise self._bad("sus filas no son las que se guardaron con este modelo")
         if "engram_digest" in meta and meta["engram_digest"] != self.digest():
             raise self._bad("sus filas no son las que se guardaron")
@@ -1468,7 +1469,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     def _table_files(self, name, variant, hub, missing=()) -> dict[int, TableFile]:
         """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors.
 
-        Not those of a layer whose dense weights are `missing` from it: rows mean nothing beside others.
+        Not those of a layer whose dense weights are `missing` from it: rows mean nothing beside new ones.
         """
 
         def find(file):
@@ -1484,21 +1485,23 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         for layer_id in self.config.engram_layer_ids:
             key, table = f"model.engram_tables.{layer_id}.weight", self.model.engram_tables[str(layer_id)]
             path, mate = find(TABLE_FILE.format(layer_id)), self._mate(layer_id)
-            if lost := sorted(key for key in missing if f"layers.{layer_id}.engram." in key):
-                if path is not None:
-                    logger.warning(
-                        f"A «{name}» le falta {lost[0]}: sus filas de la capa {layer_id} no se leen, y esa memoria "
-                        "queda sin entrenar. Vuelve a copiar el modelo entero."
-                    )
-                continue
+            lost = sorted(key for key in missing if f"layers.{layer_id}.engram." in key)
             if path is None and index is not None:
                 path = find(index[key]) if key in index else None
             elif path is None and single is not None:
                 with safe_open(single, "pt") as file:
                     key = key if key in file.keys() else key.removeprefix("model.")  # `PhiEngramModel` writes it so
                     path = single if key in file.keys() else None
-            if path is not None:
-                files[layer_id] = TableFile(path, key, table.n_rows, table.d_head, mate)
+            if path is None:
+                continue
+            file = TableFile(path, key, table.n_rows, table.d_head, None if lost else mate)
+            if lost and file.mate not in (None, mate):
+                logger.warning(
+                    f"A «{name}» le falta {lost[0]}: sus filas de la capa {layer_id} no se leen, y esa memoria queda "
+                    "sin entrenar. Vuelve a copiar el modelo entero."
+                )
+                continue
+            files[layer_id] = file
         return files
 
     def _fill_tables(self, files: dict[int, TableFile], wanted: str):
