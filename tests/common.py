@@ -125,7 +125,7 @@ def main(word=""):
     result = run(version, word)
     failed = defaultdict(list)
     for test, _ in (*result.failures, *result.errors):
-        name = getattr(test, "test_case", test)._testMethodName  # of a part, its test
+        name = getattr(getattr(test, "test_case", test), "_testMethodName", str(test))  # of a part, its test
         failed[next((start for start in EXCEPTIONS if name.startswith(start)), "")].append(name)
     print(f"transformers {version}: {result.testsRun} pruebas, {len(result.skipped)} saltadas")
     for start, why in EXCEPTIONS.items():
