@@ -53,6 +53,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 try:
     import psutil  # accelerate brings it
@@ -70,6 +71,16 @@ END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_rope(parameters: dict):
+    """Raise ValueError for rotary positions other than Phi-1's."""
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(
+            f"rope_type={rope_type!r} no está admitido: Phi-1 usa posiciones rotatorias sin escalar "
+            "('default'). Quita rope_scaling de la configuración."
+        )
 
 
 class PhiEngramConfig(PhiConfig):
@@ -133,12 +144,7 @@ class PhiEngramConfig(PhiConfig):
                 f"num_attention_heads={self.num_attention_heads} no es divisible entre "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(
-                f"rope_type={rope_type!r} no está admitido: Phi-1 usa posiciones rotatorias sin escalar "
-                "('default'). Quita rope_scaling de la configuración."
-            )
+        check_rope(self.rope_parameters)
         if self.hc_mult != 1:
             raise ValueError(
                 f"hc_mult={self.hc_mult!r} no es posible: Phi tiene una sola corriente residual y el único valor es 1. "
@@ -334,6 +340,9 @@ class EngramHash(nn.Module):
         self.register_buffer("multipliers", torch.zeros(shape[0], config.max_ngram_size, dtype=torch.long))
         self.register_buffer("primes", torch.zeros(shape, dtype=torch.long))
         self.register_buffer("offsets", torch.zeros(shape[0], shape[1] * shape[2], dtype=torch.long))
+        # What needs a tokenizer waits until it is known that no checkpoint brings it.
+        if not config.engram_tokenizer_compression and not self.token_map.is_meta:
+            self.reset_buffers()
 
     def reset_buffers(self):
         """Compute every constant that was not read from a checkpoint. Called by `_init_weights`."""
@@ -456,7 +465,8 @@ class TableFile:
         self.start = 8 + length + begin
         if end - begin != n_rows * self.row_bytes or size < 8 + length + end:
             raise self._bad(f"está a medias: tiene {size} bytes de {8 + length + end}")
-        if mate is not None and meta.get("engram_mate", mate) != mate:
+        self.mate = meta.get("engram_mate")
+        if None not in (mate, self.mate) and self.mate != mate:
             raise self._bad("sus filas no son las que se guardaron con este modelo")
         if "engram_digest" in meta and meta["engram_digest"] != self.digest():
             raise self._bad("sus filas no son las que se guardaron")
@@ -986,6 +996,7 @@ class PhiRotaryEmbedding(nn.Module):
     def inverse_frequencies(self) -> torch.Tensor:
         """float32 [rotary/2]."""
         parameters = self.config.rope_parameters
+        check_rope(parameters)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = int(head_dim * parameters["partial_rotary_factor"])
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, rotary, 2, dtype=torch.float) / rotary))
@@ -1118,6 +1129,11 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: ids -> hidden -> logits, loss
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def takes_old_cache_name(forward: Callable) -> Callable:
+    """Where transformers calls the cache by its new name, take the old one as its own models do: with a warning."""
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE == "cache" else forward
 
 
 def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | None:
@@ -1366,7 +1382,10 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, name=None, *args, engram_storage: str = "auto", output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path=None, *args, engram_storage: str = "auto", output_loading_info=False,
+        **kwargs,
+    ):  # fmt: skip
         """transformers' own, plus where the memory's rows live in this process.
 
         Args:
@@ -1377,6 +1396,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         """
         if engram_storage not in PLACES:
             raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
+        name = pretrained_model_name_or_path
         empty = {} if name is None else {"empty_tables": True}
         hub = ("cache_dir", "token", "revision", "subfolder", "proxies", "local_files_only")
         source = name, kwargs.get("variant"), {key: kwargs[key] for key in hub if key in kwargs}
@@ -1387,7 +1407,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 raise EngramFileError(bad) from error
             raise
         if empty:
-            files = model._table_files(*source)
+            files = model._table_files(*source, info["missing_keys"])
             model._fill_tables(files, engram_storage)
             absent = [model._table_key(i) for i in model.config.engram_layer_ids if i not in files]
             info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
@@ -1446,9 +1466,11 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         if place == "gpu":
             table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
 
-    def _table_files(self, name, variant, hub) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors."""
+    def _table_files(self, name, variant, hub, missing=()) -> dict[int, TableFile]:
+        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors.
 
+        Not those of a layer whose dense weights are `missing` from it: rows mean nothing beside new ones.
+        """
         single, index = weight_files(name, variant, hub)
         inside = ()
         if single is not None:
@@ -1461,8 +1483,17 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 key = f"model.{key}"
             # Where neither names it, an earlier version wrote it beside them, under a name without variant.
             file = single if key in inside else find_file(name, index.get(key, TABLE_FILE.format(layer_id)), hub)
-            if file is not None:
-                files[layer_id] = TableFile(file, key, table.n_rows, table.d_head, self._mate(layer_id))
+            if file is None:
+                continue
+            lost, mate = [key for key in missing if f"layers.{layer_id}.engram." in key], self._mate(layer_id)
+            file = TableFile(file, key, table.n_rows, table.d_head, None if lost else mate)
+            if lost and file.mate not in (None, mate):
+                logger.warning(
+                    f"A «{name}» le falta {min(lost)}: sus filas de la capa {layer_id} no se leen, y esa memoria queda "
+                    "sin entrenar. Vuelve a copiar el modelo entero."
+                )
+                continue
+            files[layer_id] = file
         return files
 
     def _fill_tables(self, files: dict[int, TableFile], wanted: str):
@@ -1711,6 +1742,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         for layer_id in indices:
             with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1811,6 +1843,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # as in Phi, whose configuration brings the rest of the plan
 
     def __init__(self, config: PhiEngramConfig, tokenizer=None, empty_tables: bool = False):
         super().__init__(config)
@@ -2014,6 +2047,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
         table.settle("ram" if place == "disco" else place)
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -2040,9 +2074,10 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             `logits` [B, T, V], and `loss`, nats per token, when labels were given.
         """
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, return_dict=True, past_key_values=past_key_values, **kwargs,
+            output_attentions=output_attentions, return_dict=True, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, PhiConfig
 
 import helpers
-from phi1_engram import PhiEngramConfig
+from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 
 def test_defaults_are_phi_1_with_the_papers_memory():
@@ -147,3 +147,10 @@ def test_values_given_beside_a_file_are_checked_and_derived_from(tmp_path):
         PhiEngramConfig.from_pretrained(tmp_path, engram_layer_ids=[24])
     config, unused = PhiEngramConfig.from_pretrained(tmp_path, engram_seed=3, other=4, return_unused_kwargs=True)
     assert config.engram_seed == 3 and unused == {"other": 4}
+
+
+def test_positions_scaled_afterwards_are_refused_too(make_config):
+    config = make_config()
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type='linear' no está admitido"):
+        PhiEngramForCausalLM(config)

@@ -149,6 +149,22 @@ def test_a_prepared_mask_says_what_is_padding(make_model, kind, attn):
         torch.testing.assert_close(torch.cat(steps, dim=1)[real], expected[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(CACHE != "cache", reason="the cache has but one name in this transformers")
+def test_the_old_name_of_the_cache_warns_as_in_transformers(make_model, recwarn):
+    model = make_model()
+    ids = helpers.random_ids(model, 1, 6)
+    with torch.no_grad():
+        expected = model(ids, cache=DynamicCache(config=model.config)).logits
+        model.generate(ids, max_new_tokens=2)
+        assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+        for each in (model, model.model):
+            cache = DynamicCache(config=model.config)
+            with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+                output = each(ids, past_key_values=cache)
+            assert output.cache is cache and cache.get_seq_length() == 6
+        assert torch.equal(model.lm_head(output.last_hidden_state), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs on request
 # ----------------------------------------------------------------------------------------------------------------------

@@ -394,6 +394,33 @@ def test_a_file_that_is_cut_while_open_is_an_error_and_no_dead_process(saved, tm
         logits(there, ids)
 
 
+def test_rows_whose_dense_weights_are_missing_are_not_read(make_model, tmp_path):
+    """Beside new projections they would mean nothing: that layer's memory is an untrained one, and it is said."""
+    model = make_model(attn="sdpa")
+    model.save_pretrained(tmp_path)
+    path, lost = tmp_path / "model.safetensors", "model.layers.2.engram.value_proj.weight"
+    tensors = load_file(path)
+    del tensors[lost]
+    save_file(tensors, path, {"format": "pt"})
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phi1_engram.logger, "warning", lambda text, *args: said.append(text))
+        again, info = opened(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {lost, "model.engram_tables.2.weight"}
+    assert len(said) == 1 and f"le falta {lost}: sus filas de la capa 2 no se leen" in said[0]
+    with torch.no_grad():
+        model.model.engram_tables["2"].weight.zero_()
+    ids = helpers.random_ids(model, 2, 20)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_a_checkpoint_is_opened_by_transformers_name_of_the_argument(saved):
+    model, folders = saved
+    ids = helpers.random_ids(model, 2, 20)
+    named = PhiEngramForCausalLM.from_pretrained(pretrained_model_name_or_path=folders["float32"])
+    assert torch.equal(logits(named, ids), logits(opened(folders["float32"]), ids))
+
+
 def test_a_checkpoint_without_its_table_says_which_is_missing(saved, tmp_path):
     _, folders = saved
     shutil.copytree(folders["float32"], tmp_path / "it")
