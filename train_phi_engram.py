@@ -24,6 +24,7 @@ try:
     import torch
     import transformers
 
+    from engram.checkpoints import newest_identity
     from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish
     from engram.corpus import prepare_corpus
     from engram.folders import hold
@@ -33,7 +34,7 @@ try:
     from engram.processes import leaving_processes, make_accelerator
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
-    from engram.steps import PHI_1_RECIPE, Recipe, scaled
+    from engram.steps import PHI_1_RECIPE, Recipe, phi_1_recipe
     from engram.texts import TEXT_SUFFIXES
     from engram.training import train_model
     from phi1_engram import unpack
@@ -290,8 +291,11 @@ def run(args, accelerator, model, tokenizer, output: Path):
     print(corpus.describe())
     if corpus.skipped:
         print(corpus.skipped.describe())
+    checkpoints = output.with_name(output.name + "-checkpoints")
+    places = [checkpoints, *([Path(args.copia) / checkpoints.name] if args.copia else [])]
+    then = next(filter(None, map(newest_identity, places)), None) if args.reanudar else None
     recipe = replace(
-        scaled(PHI_1_RECIPE, args.tasas), length=args.longitud, batch=args.lote, accumulate=args.acumular,
+        phi_1_recipe(args.tasas, then), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
@@ -299,7 +303,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     tokens = spanish(recipe.tokens_per_step)
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
-    print("Son las tasas de un Phi-1 ya entrenado; con sus pesos reales aún no se han probado aquí.")
+    print("Las tasas de la fase 1 son las que más enseñaron a otro modelo ya entrenado; con los pesos de Phi-1 aún no")
+    print("se han probado, ni las de la fase 2 con una memoria. Con --tasas cambian todas (0.3: un tercio).")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,

@@ -165,6 +165,14 @@ def copy_folder(source: Path, target: Path):
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
+def newest_identity(folder: Path) -> dict | None:
+    """What the newest whole checkpoint says that its training is; None where there is none."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        if fault(checkpoint) is None:
+            return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["identity"]
+    return None
+
+
 def last_checkpoint(folder: Path, output: Path, identity: dict, data: str) -> tuple[Path | None, dict]:
     """The newest whole checkpoint with its state; None when a run was killed before its first one.
 

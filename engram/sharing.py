@@ -51,7 +51,7 @@ def memory_line(losses: dict[str, float]) -> str:
         f"{spanish(shuffled, 4)}."
     )
     if gain < 0.002:
-        return f"{text} La memoria no ha aprendido nada que se note: prueba más pasos, o --tasas 3 (el triple)."
+        return f"{text} La memoria no ha aprendido nada que se note: prueba más pasos, o más texto de lo mismo."
     content = min(1, max(0, (shuffled - on) / gain))
     return f"{text} Aporta {spanish(gain, 4)} nats por token, y el {spanish(100 * content)} % está en lo que recuerda."
 

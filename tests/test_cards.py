@@ -248,7 +248,7 @@ def script(main, *words) -> int:
 def test_the_script_trains_is_cut_and_resumes(grafted, code, corpus_cache, tmp_path, card, monkeypatch):
     """Both phases; what was cut in phase 2 and resumed ends with the weights of what was not."""
     monkeypatch.chdir(tmp_path)
-    words = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 2, "--acumular", 2, "--tasas", 20]
+    words = ["--modelo", grafted, "--datos", code, "--longitud", 32, "--lote", 2, "--acumular", 2]
     words += ["--pasos-fase1", 2, "--pasos-fase2", 3, "--guardar-cada", 1, "--memoria", "ram"]
     assert script(train.main, *words, "--salida", "uno") == 0
     write, cut = Training.save, []

@@ -74,7 +74,7 @@ def test_script_in_two_processes_killed_and_resumed_gives_the_weights_of_one(phi
     )
     model.save_pretrained(tmp_path / "phi1-engram")
     tokenizer.save_pretrained(tmp_path / "phi1-engram")
-    words = ["--datos", code, "--longitud", 32, "--lote", 2, "--pasos-fase1", 2, "--pasos-fase2", 24, "--tasas", 20]
+    words = ["--datos", code, "--longitud", 32, "--lote", 2, "--pasos-fase1", 2, "--pasos-fase2", 24]
     words += ["--guardar-cada", 2]
     monkeypatch.chdir(tmp_path)
     train.main([*map(str, words), "--acumular", "2", "--salida", "uno"])
