@@ -172,6 +172,11 @@ class PretendedCard(TorchFunctionMode):
         found = func(*args, **kwargs)
         if func == Tensor.data.__set__ or func == Tensor.grad.__set__:
             return found
+        if func is torch.autograd.grad:  # a gradient lies where its tensor does
+            for wanted, gradient in zip(tree_leaves(args[1]), found):
+                if self.holds(wanted):
+                    self.mark(gradient)
+            return found
         if asked is not None and asked.type != "cuda" or not (ours or asked):
             return found
         if name == "copy_" and not self.holds(args[0]):

@@ -16,9 +16,11 @@ import engram.optimizers as optimizers
 import engram.processes as processes
 import helpers
 import phi1_engram
+import test_facts
 import train_phi_engram as train
 import verify_phi_engram as verify
 from engram.console import run_script
+from engram.facts import forget, teach
 from engram.graft import load_phi_1_with_engram
 from engram.rows import TrainedTables
 from engram.steps import run_steps
@@ -297,3 +299,19 @@ def test_two_cards(tmp_path, wishes):
     assert torch.equal(first["losses"], second["losses"])
     assert first["losses"][-1] < first["losses"][0]
     assert ("table.1" in second) == ("shard" not in wishes)
+
+
+def test_a_fact_is_taught_and_holds_on_a_card(tokenizer, card):
+    """And a position looks for its facts without a wait."""
+    model = test_facts.fresh(tokenizer).to("cuda")
+    for place in ("gpu", "ram"):
+        model.move_memory(place)
+        fact = teach(model, tokenizer, *test_facts.FACTS[1], reference=False)
+        assert fact.notes["alone"] and model.model.facts["2"].rows.is_cuda
+        ids = test_facts.ids_of(tokenizer, test_facts.FACTS[1][0]).to("cuda")
+        card.syncs.clear()
+        with torch.no_grad():
+            said = model(ids).logits[0, -1].argmax()
+        assert waits(card) == 0
+        assert said.item() == test_facts.ids_of(tokenizer, test_facts.FACTS[1][1])[0, 0]
+        forget(model, fact)
