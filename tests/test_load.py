@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+import chat_phi_engram as chat_script
 import helpers
 import load_phi_engram
 import phi1_engram
@@ -473,3 +474,23 @@ def test_unreachable_hub(tmp_path):
     for words in ("❌ No se puede traer «microsoft/phi-1» del Hub", "carpeta", "python train_phi_engram.py --demo"):
         assert words in done.stderr
     assert "phi1-engram" not in str(os.listdir(tmp_path))
+
+
+# Their published configurations but for width and depth: phi-2's heads are of 80 values, 32 of which turn.
+RELATIVES = {
+    "phi-1_5": dict(partial_rotary_factor=0.5, hidden_size=64, bos_token_id=None, eos_token_id=None),
+    "phi-2": dict(partial_rotary_factor=0.4, hidden_size=160, num_attention_heads=2, resid_pdrop=0.1,
+                  bos_token_id=50256, eos_token_id=50256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_relatives_of_phi_1_are_grafted_and_answer(name, tokenizer, tmp_path, capsys):
+    helpers.save_phi(tmp_path / name, tokenizer, **RELATIVES[name])
+    model, _ = load_phi_1_with_engram(tmp_path / name, engram_vocab_size=[499, 499])  # raises where it is not exact
+    assert model.config.rope_parameters["partial_rotary_factor"] == RELATIVES[name]["partial_rotary_factor"]
+    model.save_pretrained(tmp_path / "con")
+    tokenizer.save_pretrained(tmp_path / "con")
+    words = ["--modelo", tmp_path / "con", "--pregunta", "Hola", "--max-tokens", 4, "--temperatura", 0]
+    assert chat_script.main([*map(str, words)]) == 0
+    assert capsys.readouterr().out.strip()
