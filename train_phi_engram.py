@@ -323,7 +323,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
     if args.subir and accelerator.is_main_process:
         on_hub(
             lambda hub: hub.upload_folder(  # weights of an earlier upload under other names would be taken for these
-                repo_id=args.subir, folder_path=output, delete_patterns="model*.safetensors*"
+                repo_id=args.subir, folder_path=output, delete_patterns=["model*.safetensors*", "engram_facts*"],
             ), args.subir,
             f"El modelo está entero en {output}/; súbelo cuando haya conexión con: hf upload {args.subir} {output}",
         )  # fmt: skip
