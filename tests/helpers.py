@@ -215,6 +215,18 @@ def save_phi(folder, tokenizer=None, seed: int = 0, **kw):
         tokenizer.save_pretrained(folder)
 
 
+def save_grafted(phi_folder, folder):
+    """A small phi1-engram/ folder, as load_phi_engram.py leaves it. Returns the model."""
+    from engram.graft import load_phi_1_with_engram
+
+    model, tokenizer = load_phi_1_with_engram(
+        phi_folder, engram_vocab_size=[499, 499], n_embed_per_ngram=16, n_head_per_ngram=4
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
 def installed(optimizers):
     """The parameters of a test: those that need an optional package are skipped without it."""
     lacking = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="pip install bitsandbytes")

@@ -21,7 +21,6 @@ import train_phi_engram as train
 import verify_phi_engram as verify
 from engram.console import run_script
 from engram.facts import forget, teach
-from engram.graft import load_phi_1_with_engram
 from engram.rows import TrainedTables
 from engram.steps import run_steps
 from engram.training import Training
@@ -232,11 +231,7 @@ def test_training_without_its_guards_is_found_out(monkeypatch, guard):
 @pytest.fixture(scope="module")
 def grafted(phi_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("injertado") / "phi1-engram"
-    model, tokenizer = load_phi_1_with_engram(
-        phi_folder, engram_vocab_size=[499, 499], n_embed_per_ngram=16, n_head_per_ngram=4
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    helpers.save_grafted(phi_folder, folder)
     return folder
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import helpers
 import train_phi_engram as train
-from engram.graft import load_phi_1_with_engram
 
 HERE = Path(__file__).resolve().parent
 
@@ -82,11 +81,7 @@ def killed_in_phase_2(script, folder, name):
 def test_script_in_two_processes_killed_and_resumed_gives_the_weights_of_one(phi_folder, tmp_path, monkeypatch):
     """Both phases of train_phi_engram.py: with sharded rows resumed by two, whole by one."""
     code = helpers.write_code(tmp_path / "codigo")
-    model, tokenizer = load_phi_1_with_engram(
-        phi_folder, engram_vocab_size=[499, 499], n_embed_per_ngram=16, n_head_per_ngram=4
-    )
-    model.save_pretrained(tmp_path / "phi1-engram")
-    tokenizer.save_pretrained(tmp_path / "phi1-engram")
+    model = helpers.save_grafted(phi_folder, tmp_path / "phi1-engram")
     words = ["--datos", code, "--longitud", 32, "--lote", 2, "--pasos-fase1", 2, "--pasos-fase2", 24]
     words += ["--guardar-cada", 2]
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,6 @@ import helpers
 import train_phi_engram as train
 from engram.console import UserError, run_script
 from engram.folders import hold
-from engram.graft import load_phi_1_with_engram
 from engram.steps import Recipe, evaluate, run_steps
 from hub import Hub
 from phi1_engram import PhiEngramForCausalLM
@@ -42,11 +41,7 @@ pytestmark = pytest.mark.usefixtures("corpus_cache")
 def grafted(phi_folder, tmp_path_factory):
     """A small phi1-engram/ folder, as load_phi_engram.py leaves it."""
     folder = tmp_path_factory.mktemp("grafted") / "phi1-engram"
-    model, tokenizer = load_phi_1_with_engram(
-        phi_folder, engram_vocab_size=[499, 499], n_embed_per_ngram=16, n_head_per_ngram=4
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    helpers.save_grafted(phi_folder, folder)
     return folder
 
 
