@@ -101,7 +101,7 @@ class Reference:
             text = file.read_text(encoding="utf-8", errors="ignore")
             if size < REFERENCE_BYTES:
                 texts, size = [*texts, text], size + len(text)
-        ids = [np.asarray(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+        ids = [np.asarray(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
         self.tokens = canonical.numpy()[np.concatenate(ids)]
 
     def count(self, key: list[int]) -> int:

@@ -79,7 +79,7 @@ class Teaching:
     def learn(self, lessons: list[Lesson], said: str, progress=lambda step: None) -> list[Fact]:
         """Raises FactError: nothing has changed."""
         facts = teach_all(self.reader, self.tokenizer, lessons, progress=progress)
-        for fact in facts:
+        for fact in facts if said else ():
             fact.notes["said"] = said
         self.save()
         return facts
