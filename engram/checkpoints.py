@@ -3,6 +3,9 @@
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import errno
 import json
 import math

@@ -4,6 +4,9 @@ It goes through the same functions as the real model, on code that every machine
 no GPU. There is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import shutil
 import tempfile
@@ -15,6 +18,7 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from engram.cards import write_control_card
 from engram.console import UserError, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
@@ -86,6 +90,12 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         raise UserError("--demo va en un solo proceso, sin accelerate launch: python train_phi_engram.py --demo")
     output = Path(output)
     control_output = output.with_name(output.name + "-control")
+    for place in (output, control_output):
+        if place.exists():
+            raise UserError(
+                f"{place}/ ya existe y no la voy a pisar. Cámbiale el nombre, o bórrala si es de una demostración que "
+                f"ya no quieres: mv {place} {place}-1"
+            )
     further = sum(recipe.steps)
     print("Demostración sin Hub: entreno un Phi pequeño con la biblioteca estándar de Python, le injerto la memoria")
     print("y lo comparo con el mismo Phi sin memoria. Unos 15 minutos con dos núcleos.\n")
@@ -115,14 +125,16 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
             row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
             print(result_line(row))
             if best is None or row["loss"] < best["loss"]:
-                best = row
-                with whole_folder(control_output) as folder:
-                    control.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
+                best, twin = row, control
             results.append(row)
         shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
         model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
-        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9)
+        named = dict(best, name=f"el mismo Phi sin memoria, con los mismos pasos ({best['name'].lower()})")
+        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9, control=named)
+    with whole_folder(control_output) as folder:
+        twin.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_control_card(twin, folder, control_output.name, output.name)
     results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
     print(f"\nPérdida en {spanish(len(corpus.held_out))} tokens que ningún modelo ha visto (menos es mejor):\n")
     print(result_table(results))

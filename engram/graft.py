@@ -1,5 +1,8 @@
 """An untrained memory on a Phi that must stay the same Phi, and what was put together."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import re
 import shlex
@@ -20,7 +23,8 @@ CODE_SAMPLE = "def suma(a, b):\n    return a + b\n"  # short: float16 is slow on
 # What main() writes. A folder that holds anything else is never replaced by it.
 OWN_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|"
-    r"chat_template\.jinja|engram_memory\.safetensors|engram_facts.*|phi1_engram\.py|model.*\.safetensors(\.index(\..+)?\.json)?|__pycache__|\.DS_Store"
+    r"chat_template\.jinja|README\.md|engram_memory\.safetensors|engram_facts.*|phi1_engram\.py|__pycache__|\.DS_Store|"
+    r"model.*\.safetensors(\.index(\..+)?\.json)?"
 )
 
 
@@ -33,7 +37,10 @@ def check_output(output):
         reason = "ya existe y es un archivo, no una carpeta"
     elif foreign:
         reason = f"esa carpeta contiene «{foreign[0]}», que no es de este script, y no la voy a pisar"
-    elif entries not in ([], [MEMORY_FILE]) and read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
+    elif (
+        entries not in ([], [MEMORY_FILE], ["README.md", MEMORY_FILE])
+        and read_config(str(path))["model_type"] != PhiEngramConfig.model_type
+    ):
         reason = "ahí hay otro modelo y no lo voy a pisar"
     else:
         return

@@ -1,5 +1,8 @@
 """What a training does over and over: recipes, steps, and the loss on text held out."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import math
 import time
 from dataclasses import dataclass, replace
@@ -44,6 +47,14 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     return replace(recipe, backbone_rate=factor * recipe.backbone_rate, **pairs)
 
 
+def steps_of_phases(asked_1: int | None, asked_2: int | None, tokens: int, tokens_per_step: int) -> tuple[int, int]:
+    """What was asked, or one pass over `tokens` in phase 2 and a tenth of one in phase 1, where longer ones lost in our
+    study (DOCUMENTACION_TECNICA.md, 6.4.1). A whole pass in phase 1 when it is the only one."""
+    one_pass = max(1, tokens // tokens_per_step)
+    first = one_pass if asked_2 == 0 else -(-one_pass // 10)
+    return first if asked_1 is None else asked_1, one_pass if asked_2 is None else asked_2
+
+
 # Not yet tried on Phi-1's real weights: rates from the project that this one mirrors, fit for a pretrained backbone.
 PHI_1_RECIPE = Recipe(1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5), batch=2, length=512, accumulate=8)
 PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
@@ -51,7 +62,8 @@ PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may n
 
 @torch.no_grad()
 def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 256) -> dict:
-    """Loss (nats per token), perplexity and bits per byte on the held-out part, at blocks spread evenly over it."""
+    """Loss (nats per token), perplexity and bits per byte of the held-out part, and on how many tokens: blocks spread
+    evenly over it."""
     was_training = model.training
     model.eval()
     n_blocks = len(corpus.held_out) // recipe.length
@@ -66,8 +78,9 @@ def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 25
     model.train(was_training)
     loss = total / count
     return dict(
-        loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / corpus.bytes_per_token
-    )
+        loss=loss, tokens=count * recipe.length, perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=loss / math.log(2) / corpus.bytes_per_token,
+    )  # fmt: skip
 
 
 def run_steps(
