@@ -77,10 +77,13 @@ def in_conversation() -> bool:
     return in_notebook() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 
+def knows_escapes() -> bool:
+    return os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
 def in_colour() -> bool:
-    """Whether escape sequences are understood and wished for (https://no-color.org)."""
-    known = os.environ.get("TERM", "dumb") not in ("", "dumb")
-    return known and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    """Whether escape sequences are understood and colours wished for (https://no-color.org)."""
+    return knows_escapes() and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def write(piece: str):
@@ -238,7 +241,8 @@ def run_chat(
                 import readline  # arrow keys in input
 
                 readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
-                readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
+                if knows_escapes():
+                    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
         say(f"{CODE_MODE}\n" * code + "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
     while True:
         text = None

@@ -129,7 +129,8 @@ def check_projection(tokenizer):
         before = torch.cat((stored.new_tensor([-1]), stored.cummax(0).values[:-1]))
         later &= (stored == stored[config.engram_pad_id]) | (stored > before)
         wrong = int(((stored != expected) & ~later).sum())
-        return float(wrong), 0.0, f"{spanish(wrong)} de {spanish(len(stored))} entradas no son las de su tokenizer"
+        right = f"{spanish(len(stored) - wrong)} de {spanish(len(stored))} entradas son las de su tokenizer"
+        return float(wrong), 0.0, right
 
     return check
 

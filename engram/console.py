@@ -22,7 +22,7 @@ from phi1_engram import EngramFileError
 
 ASCII_SIGNS = str.maketrans(
     {"✅": "OK", "❌": "ERROR:", "⚠": "AVISO:", "→": "->", "–": "-", "—": "-", "·": "-", "«": '"', "»": '"', "×": "x"}
-    | {"█": "#"}
+    | {"█": "#", "➖": "="}
     | dict.fromkeys("¿¡ℹ\ufe0f")
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

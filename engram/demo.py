@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from engram.cards import write_control_card
+from engram.choices import told
 from engram.console import UserError, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
@@ -136,13 +137,14 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         tokenizer.save_pretrained(folder)
         write_control_card(twin, folder, control_output.name, output.name)
     results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
-    print(f"\nPérdida en {spanish(len(corpus.held_out))} tokens que ningún modelo ha visto (menos es mejor):\n")
+    print(f"\nPérdida en {spanish(results[-1]['tokens'])} tokens que ningún modelo ha visto (menos es mejor):\n")
     print(result_table(results))
-    gain = best["loss"] - results[-1]["loss"]
-    mark, verb = ("✅", "gana") if gain > 0 else ("❌", "pierde")
-    gained = f"{verb} {spanish(abs(gain), 3)} nats por token"
+    text, gain, error = told(model, twin, tokenizer, corpus.held_out, recipe.length)
+    print(f"\n{text}")
+    mark, verb = ("✅", "gana") if gain > 2 * error else ("❌", "pierde") if gain < -2 * error else ("➖", "empata:")
+    gained = f"{verb} {spanish(abs(gain), 3)} ± {spanish(error, 3)} nats por token"
     print(f"\n{mark} Con los mismos {further} pasos más, la memoria {gained} frente al mejor control.")
     seconds = time.perf_counter() - started
-    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {spanish(seconds)} s.")
+    print(f"Una sola semilla: el ± es de otros textos, no de otros entrenamientos. Tiempo total: {spanish(seconds)} s.")
     print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
     return results

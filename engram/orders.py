@@ -41,8 +41,8 @@ HELP = f"""Órdenes:
   ayuda          ver esto
   salir          terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
 La flecha arriba recupera lo que escribiste. {ESCAPE}
-Sin terminal (por tubería o desde un archivo) el principio de un código termina en una línea que solo tenga «{BLOCK_END}»;
-las líneas vacías son parte de él."""
+Sin terminal (por tubería o desde un archivo) un bloque de código termina en una línea que solo tenga «{BLOCK_END}»; las
+vacías son parte de él."""
 CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
 
 LOOPED = (

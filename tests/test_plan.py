@@ -173,7 +173,7 @@ def test_plan_from_another_folder_without_network(tmp_path):
     words = [sys.executable, ROOT / "train_phi_engram.py", "--plan", "t4", "--memoria", "ram", "--pasos-fase2", "0"]
     result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "✅ Fase 1: cabe." in result.stdout and "Fase 2" not in result.stdout
+    assert "✅ Fase 1: cabe, si basta el disco, del que no hay dato." in result.stdout and "Fase 2" not in result.stdout
     assert "python train_phi_engram.py --lote 2 --longitud 512 --acumular 8 --memoria ram" in result.stdout
     shown = [line for line in result.stdout.splitlines() if "train_phi_engram.py" not in line]
     assert max(map(len, shown)) <= 80 and not any(tmp_path.rglob("*.safetensors"))

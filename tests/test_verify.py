@@ -16,7 +16,7 @@ import engram.checks as checks
 import helpers
 import phi1_engram
 import verify_phi_engram as verify_script
-from engram.console import run_script
+from engram.console import run_script, spanish
 
 SCRIPT = Path(verify_script.__file__)
 
@@ -291,7 +291,7 @@ def test_a_projection_of_another_tokenizer(make_model, small_tokenizer):
     check, ids = checks.check_projection(small_tokenizer), checks.probe(model, small_tokenizer)
     assert check(model, ids)[:2] == (0.0, 0.0)
     model.model.engram_hash.token_map[[5, 9]] += 1
-    assert check(model, ids)[:2] == (2.0, 0.0) and check(model, ids)[2].startswith("2 de ")
+    assert check(model, ids)[:2] == (2.0, 0.0) and check(model, ids)[2].startswith(f"{spanish(size - 2)} de ")
 
 
 def test_libraries_too_old(capsys, monkeypatch, without_stranger):
