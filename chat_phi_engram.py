@@ -28,6 +28,7 @@ try:
         in_command_of_notebook,
         out_of_memory,
         run_script,
+        short,
         spanish,
         unaccented,
     )
@@ -124,8 +125,9 @@ def obey(chat: Chat, word: str, argument: str, say):
     elif word == "temperatura":
         value = float(wish.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d+)?", wish) else -1
         if not 0 <= value <= 100:
-            now = f"{chat.temperature:g}".replace(".", ",")
-            raise UserError(f"«{text}»: la temperatura es un número de 0 a 100; ahora, {now}. {ESCAPE}")
+            raise UserError(
+                f"«{text}»: la temperatura es un número de 0 a 100; ahora, {short(chat.temperature)}. {ESCAPE}"
+            )
         chat.temperature = value
         say(f"Temperatura: {wish.replace('.', ',')}")
     elif wish == "ver":
@@ -335,7 +337,7 @@ def main(argv=None) -> int:
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
     if options.temperatura is not None and not 0 <= options.temperatura <= 100:
-        parser.error(f"--temperatura {options.temperatura:g}: tiene que estar entre 0 y 100.")
+        parser.error(f"--temperatura {short(options.temperatura)}: tiene que estar entre 0 y 100.")
     if options.pregunta is not None and not options.pregunta.strip():
         parser.error("--pregunta está vacía.")
     def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone

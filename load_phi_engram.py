@@ -84,12 +84,13 @@ def main(argv=None):
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
         bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
         title = Path(args.salida).resolve().name
+        origin = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies is nobody's business
         if args.solo_memoria:
             from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
 
             model.save_memory(folder)
             alone = not phi_was_trained(name)
-            write_memory_card(model, folder, title, args.modelo, alone)
+            write_memory_card(model, folder, title, origin, alone)
             if not alone:
                 print(
                     f"⚠️  {args.modelo} hizo la fase 2, que cambió su Phi: esta memoria solo sirve con ese Phi, no con "
@@ -109,7 +110,7 @@ def main(argv=None):
             with quiet():
                 model.save_pretrained(folder, engram_precision=args.precision_memoria)
                 tokenizer.save_pretrained(folder)
-                write_graft_card(model, folder, title, args.modelo)
+                write_graft_card(model, folder, title, origin)
     seconds, peak = time.perf_counter() - started, peak_memory()
     print(f"✅ Guardado en {args.salida}/ en {spanish(seconds, 1)} s.")
     if peak:

@@ -24,7 +24,7 @@ try:
     import torch
     import transformers
 
-    from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, spanish
+    from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, short, spanish
     from engram.corpus import prepare_corpus
     from engram.folders import hold
     from engram.opening import about_memory, add_memory_options, open_model
@@ -74,7 +74,7 @@ def make_parser() -> SpanishParser:
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
-    parser.add_argument("--tasas", type=decimal, default=1.0, help="multiplica todas las tasas (%(default)s)")
+    parser.add_argument("--tasas", type=decimal, default=1, help="multiplica todas las tasas (%(default)s)")
     parser.add_argument(
         "--optimizador", choices=OPTIMIZERS, default="adamw", help="de los pesos densos (por defecto, %(default)s)"
     )
@@ -136,7 +136,7 @@ def parse(argv):
     if args.pasos_fase1 == args.pasos_fase2 == 0:
         raise UserError("Con 0 pasos en las dos fases no hay nada que entrenar.")
     if not 0 < args.tasas < math.inf:
-        raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+        raise UserError(f"--tasas {short(args.tasas)} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.memoria == "disco":
         raise UserError("Con --memoria disco las filas solo se leen, y así no aprenden: usa --memoria ram, o auto.")
     for name in ("datos", "salida", "copia"):

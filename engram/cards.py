@@ -25,6 +25,11 @@ def front(tags: str, of_phi_1: bool) -> str:
     return FRONT.format(tags=tags, base=f"base_model: {PHI_1}\n" if of_phi_1 else "")
 
 
+def original(model) -> bool:
+    """Whether the Hub may call it a descendant of Phi-1: a toy has its tokenizer's name at most."""
+    return model.config.tokenizer_name_or_path == PHI_1 and not is_toy(model)
+
+
 def values_of(model) -> tuple[int, int]:
     """Parameters of Phi and of its memory."""
     memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
@@ -52,7 +57,7 @@ que ya trajera. Una memoria recién puesta está vacía, y con ella el modelo re
 - Entrenarla: `python train_phi_engram.py --modelo {name}`
 - Hablar con él: `python chat_phi_engram.py --modelo {name}`
 """
-    write(folder, front("[engram, phi, code, custom_code]", model.config.tokenizer_name_or_path == PHI_1) + text)
+    write(folder, front("[engram, phi, code, custom_code]", original(model)) + text)
 
 
 def write_memory_card(model, folder, name: str, origin: str, alone: bool):
@@ -72,7 +77,7 @@ Una memoria Engram, sin Phi: las filas entrenadas de `{origin}`, en `engram_memo
 python chat_phi_engram.py --modelo MODELO --cambiar-memoria {name}
 ```
 """
-    write(folder, front("[engram, phi, code]", alone and model.config.tokenizer_name_or_path == PHI_1) + text)
+    write(folder, front("[engram, phi, code]", alone and original(model)) + text)
 
 
 def write_control_card(model, folder, name: str, of: str):

@@ -14,7 +14,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engram.console import UserError, gigabytes, out_of_memory, spanish
+from engram.console import UserError, gigabytes, out_of_memory, short, spanish
 from engram.folders import discard, whole_folder
 
 STATE = "estado.json"
@@ -250,5 +250,5 @@ def _shown(value):
     if isinstance(value, bool) or value is None:
         return {True: "sí", False: "no", None: "nada"}[value]
     if isinstance(value, float):
-        return f"{value:g}".replace(".", ",")
+        return short(value)
     return spanish(value) if isinstance(value, int) else str(value)

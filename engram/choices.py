@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engram.analyses import mean_and_error, memory_off
-from engram.console import spanish
+from engram.console import Progress, spanish
 
 CONTEXT = 48  # characters before a token that an example shows
 NAT = (
@@ -31,7 +31,7 @@ class Choices(NamedTuple):
 def choices(model, blocks: torch.LongTensor, batch: int = 8) -> Choices:
     """What `model`, in eval mode, says at every place of `blocks`, int64 [B, T]."""
     found = []
-    for ids in blocks.split(batch):
+    for ids in Progress(blocks.split(batch), desc="Midiendo", unit="lote"):
         ids = ids.to(model.device)
         chances = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         best = chances.max(-1)

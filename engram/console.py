@@ -187,6 +187,11 @@ def spanish(number, digits=0):
     return f"{number:,.{digits}f}".translate(str.maketrans(",.", ".,"))
 
 
+def short(value: float) -> str:
+    """0.0025 -> «0,0025», 1e-05 as it is: as many digits as it has, six at most."""
+    return f"{value:g}".replace(".", ",")
+
+
 def counted(number: int, one: str, many: str | None = None) -> str:
     """«1 token», «2.000 tokens»."""
     return f"{spanish(number)} {one if number == 1 else many or one + 's'}"

@@ -20,7 +20,7 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from engram.cards import write_control_card
 from engram.choices import told
-from engram.console import UserError, spanish
+from engram.console import UserError, short, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
@@ -77,6 +77,7 @@ def train_plain(model, corpus, recipe, rate, *, steps, offset, label) -> dict:
             accelerator, model, optimizer, corpus, recipe, steps=steps, label=label, offset=offset, on_step=on_step
         )
     measured = evaluate(model, corpus, recipe, accelerator.device)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # to be measured again as it is
     accelerator.free_memory()
     return dict(**measured, seconds=seconds, tokens_per_second=recipe.tokens_per_step * steps / seconds)
 
@@ -122,7 +123,7 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         best = None
         for rate in DEMO_CONTROL_RATES:
             control = PhiForCausalLM.from_pretrained(scratch)
-            label = f"Control (tasa {rate:g})".replace(".", ",")
+            label = f"Control (tasa {short(rate)})"
             row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
             print(result_line(row))
             if best is None or row["loss"] < best["loss"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from engram.console import UserError, gigabytes, spanish
+from engram.console import UserError, gigabytes, short, spanish
 from engram.opening import explained, find_model, open_checked, open_tokenizer, read_config, where_from
 from phi1_engram import MEMORY_FILE, PHI_1, PhiEngramConfig
 
@@ -97,7 +97,7 @@ def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **eng
     difference = graft_difference(model, tokenizer(CODE_SAMPLE, return_tensors="pt").input_ids)
     if difference:
         raise UserError(
-            f"El injerto cambia las respuestas de «{name}» en {difference:g}, y no debe cambiar nada. No se ha "
+            f"El injerto cambia las respuestas de «{name}» en {short(difference)}, y no debe cambiar nada. No se ha "
             "guardado. Prueba con --dtype float32 y, si sigue igual, avisa de este error."
         )
     return model, tokenizer

@@ -97,7 +97,7 @@ def one_letter_away(a: str, b: str) -> bool:
 def meant(text: str) -> str | None:
     """The order that a line which is none may have been meant to be: one letter of its first word is wrong."""
     word, space, rest = text.strip().partition(" ")
-    if rest.lstrip()[:1] in ("=", "("):  # code
+    if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
         return None
     plain = unaccented(word).casefold()
     for name, words in (*ORDERS.items(), ("aprende", ANY if ARROW in rest else -1)):

@@ -15,10 +15,9 @@ import matplotlib
 import numpy as np
 from transformers.utils import cached_file
 
-from engram.cards import front, toy_warning, values_of, write
-from engram.console import UserError, counted, spanish
+from engram.cards import front, original, toy_warning, values_of, write
+from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
-from phi1_engram import PHI_1
 
 LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result
 FEW = 10_000  # tokens; a loss measured on fewer moves by more than 0.02 nats from text to text
@@ -148,11 +147,11 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 ## Receta
 
-Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
-(tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
-{table_rates[1]:g}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
+Fase 1, {steps[0]}: Phi congelado; tasas {memory_rates[0]} (proyecciones de Engram) y {table_rates[0]}
+(tablas). Fase 2, {steps[1]}: todo el modelo; tasas {backbone_rate} (Phi), {memory_rates[1]} y
+{table_rates[1]}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
 {batch} × {accumulate} × {processes} bloques de {length} tokens por paso (lote, acumulados, procesos); decaimiento
-{weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
+{weight_decay} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
 
 ## Resultados en el texto apartado
 
@@ -181,14 +180,17 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
     """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
     recipe, config, name = outcome["recipe"], model.config, Path(output).name
     backbone, memory = values_of(model)
+    words = asdict(recipe) | dict(steps=[counted(steps, "paso") for steps in recipe.steps])
+    words |= {key: tuple(map(short, words[key])) for key in ("memory_rates", "table_rates")}
+    words |= {key: short(words[key]) for key in ("backbone_rate", "weight_decay")}
     control = outcome["control"]  # the held-out result of a twin without memory, or None
     card = CARD.format(
-        front=front("[engram, phi, code, custom_code]", config.tokenizer_name_or_path == PHI_1), name=name,
+        front=front("[engram, phi, code, custom_code]", original(model)), name=name,
         repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
         backbone=spanish(backbone), corpus=outcome["corpus"].describe(), toy=toy_warning(model),
         table=result_table([*outcome["results"], *([control] if control else [])]),
         control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
-        content=memory_line(outcome["memory"]).strip(), **asdict(recipe),
+        content=memory_line(outcome["memory"]).strip(), **words,
     )  # fmt: skip
     with whole_folder(output) as folder:
         model.save_pretrained(folder)

@@ -280,7 +280,8 @@ def test_a_piped_block_of_code_is_one_question(piped, says):
         ("temperatur 0,5", "temperatura 0,5"), ("siguient import numpy", "siguiente import numpy"),
         ("comprar", "comparar"), ("aprend a => b", "aprende a => b"), ("olvid todo", "olvida todo"),
         ("ayuda", None), ("memoria del programa", None), ("memorias del programa", None), ("salid ya", None),
-        ("compara = 3", None), ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
+        ("compara = 3", None), ("¿comparar dos listas?", None),
+        ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
     ],
 )  # fmt: skip
 def test_a_line_one_letter_away_from_an_order(text, wish):

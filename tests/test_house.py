@@ -41,6 +41,11 @@ def test_a_room_that_is_run_says_that_it_is_none_to_run(room):
     assert done.returncode == 1 and done.stderr.startswith("Esta pieza no se ejecuta.") and not done.stdout
 
 
+def test_the_model_that_is_run_says_so_too():
+    done = subprocess.run([sys.executable, ROOT / f"{MODEL}.py"], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 1 and "Este archivo es el modelo y no se ejecuta." in done.stderr
+
+
 def test_arrows_go_one_way():
     assert len(ROOMS) > 10
     assert not imports(ROOT / f"{MODEL}.py") & {"engram", *ROOMS, *SCRIPTS}
