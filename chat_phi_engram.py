@@ -4,17 +4,16 @@
     python chat_phi_engram.py --modelo usuario/nombre --codigo       # from the Hub, completing code
     python chat_phi_engram.py --pregunta "What is a list?"           # one answer on the standard output
     python chat_phi_engram.py < preguntas.txt                        # one answer for each line
+    python chat_phi_engram.py --codigo < principios.txt              # one for each block; a line "---" between two
 """
 
 import os
 import re
+import select
 import shutil
 import sys
-import textwrap
 import time
-import unicodedata
 from contextlib import suppress
-from itertools import groupby, zip_longest
 from pathlib import Path
 
 try:
@@ -24,15 +23,20 @@ try:
     from engram.console import (
         SpanishParser,
         UserError,
+        counted,
+        decimal,
         in_command_of_notebook,
         out_of_memory,
         run_script,
+        short,
         spanish,
         unaccented,
     )
-    from engram.conversation import TEMPERATURE, Chat, interruptible
+    from engram.conversation import TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
+    from engram.drawing import bars, shaded, side_by_side
     from engram.facts import described
     from engram.opening import about_memory, add_memory_options, open_model
+    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, LOOPED, advice, meant, order
     from engram.teaching import ARROW
     from phi1_engram import EngramFileError
 except ImportError as error:
@@ -43,37 +47,9 @@ except ImportError as error:
 
 FOLDERS = ("phi1-engram-trained", "phi1-engram", "phi1-engram-demo")  # the first that is there
 YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
-ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
-ADVICE = (
-    "Consejo: Phi-1 es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
-    "«código» y dale el principio de una función para que la complete."
-)
-# Orders, and how many words may follow: a line with more of them is a question that happens to begin like an order.
-ORDERS = {"salir": 0, "limpiar": 0, "ayuda": 0, "codigo": 0, "charla": 0, "memoria": 1, "temperatura": 1}
-ORDERS |= {"recuerdos": 0, "olvida": 1}
-ORDERS["comparar"] = 2**20
-HELP = f"""Órdenes:
-  código         completar código: escribe o pega varias líneas y termina con una línea vacía; Phi-1 sigue desde ahí
-  charla         volver a conversar
-  memoria no     responder sin la memoria Engram, solo con Phi; «memoria sí» la vuelve a encender
-  memoria ver    la última respuesta, y debajo cuánto abrió cada token la memoria en cada capa: de 0 (nada) a 9 (toda)
-  comparar       la última pregunta, respondida con memoria y sin ella; «comparar TEXTO» compara otra.
-                 La conversación se queda como estaba
-  aprende PRINCIPIO => RESPUESTA
-                 recordarlo sin entrenar: desde ahora completa PRINCIPIO con RESPUESTA. Justo después de una
-                 respuesta, «aprende RESPUESTA» es lo que tendría que haber dicho
-  recuerdos      lo aprendido, numerado; «olvida N» o «olvida todo» lo quita sin dejar rastro
-  temperatura X  0 elige siempre lo más probable; cuanto mayor, más variado
-  limpiar        olvidar la conversación y empezar otra
-  ayuda          ver esto
-  salir          terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
-La flecha arriba recupera lo que escribiste. {ESCAPE}
-{ADVICE}"""
-CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
-SHADES = (None, 194, 157, 120, 83, 46)  # of a closed gate to an open one, in the terminal's 256 colours
-NARROW = 60  # columns; with fewer, two answers go one above the other
+TITLES = {"CON MEMORIA": True, "SIN MEMORIA": False}
 OUT_OF_MEMORY = (
-    "Se agotó la memoria y esta respuesta se ha perdido. Qué hacer:\n"
+    "Se agotó la RAM, o la memoria de la GPU, y esta respuesta se ha perdido. Qué hacer:\n"
     "  1. Escribe «limpiar»: una conversación corta ocupa menos. O pide respuestas más cortas: --max-tokens 64\n"
     "  2. Si se repite, reinicia la sesión (en Colab: Entorno de ejecución -> Reiniciar sesión) y vuelve a abrir el "
     "chat.\n"
@@ -102,71 +78,17 @@ def in_conversation() -> bool:
     return in_notebook() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 
+def knows_escapes() -> bool:
+    return os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
 def in_colour() -> bool:
-    """Whether escape sequences are understood and wished for (https://no-color.org)."""
-    known = os.environ.get("TERM", "dumb") not in ("", "dumb")
-    return known and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    """Whether escape sequences are understood and colours wished for (https://no-color.org)."""
+    return knows_escapes() and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def write(piece: str):
     print(piece, end="", flush=True)
-
-
-def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], facts, columns: int, colour: bool) -> str:
-    """Text shaded by the mean of its gates, and under it a line for each layer: a digit where each piece begins; and
-    where one of them follows from a fact, a line that marks it with R.
-
-    Args:
-        pieces: (text, position); gates: {layer: each position's, 0..1}, written in tenths; facts: each position's.
-        columns: cells in a row.
-    """
-    rows, free = [], 0
-    for text, position in pieces:
-        for i, char in enumerate(text.expandtabs(4)):
-            width = 2 if unicodedata.east_asian_width(char) in "WF" else 1  # cells in a terminal
-            if width > free:
-                rows.append([])
-                free = columns - 7
-            rows[-1].append((char if char.isprintable() else " ", width, position, i == 0))
-            free = 0 if char == "\n" else free - width
-    lines = []
-    for row in rows:
-        lines.append(" " * 6)
-        for position, part in groupby(row, key=lambda cell: cell[2]):
-            mean = sum(alpha[position] for alpha in gates.values()) / len(gates)
-            shade = SHADES[min(int(mean * len(SHADES)), len(SHADES) - 1)]
-            text = "".join(char for char, *_ in part)
-            lines[-1] += f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if colour and shade else text
-        for layer, alpha in gates.items():
-            marks = [str(min(int(alpha[at] * 10), 9)) if begins else "." for _, _, at, begins in row]
-            lines.append(f"{layer:>5} " + "".join(mark.ljust(width) for mark, (_, width, _, _) in zip(marks, row)))
-        spoken = [facts[at - 1] and begins for _, _, at, begins in row]  # a position says the token after it
-        if any(spoken):
-            marks = "".join("R".ljust(width) if fact else " " * width for fact, (_, width, _, _) in zip(spoken, row))
-            lines.append(f"      {marks}".rstrip())
-    return "\n".join(lines)
-
-
-def side_by_side(left: str, right: str, columns: int) -> str:
-    """Two texts in two columns, or one above the other where the terminal is narrow."""
-    if columns < NARROW:
-        return f"{left}\n\n{right}"
-    wrap = textwrap.TextWrapper((columns - 4) // 2, tabsize=4, replace_whitespace=False, drop_whitespace=False).wrap
-    sides = [[part for line in text.splitlines() for part in wrap(line) or [""]] for text in (left, right)]
-    return "\n".join(f"{a:<{(columns - 4) // 2}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue=""))
-
-
-def order(text: str, answered=False) -> tuple[str, str]:
-    """A line's order, without accents and capitals, and what follows it; ("", text) for a line that is none.
-
-    Args:
-        answered: whether an answer has just been given, which "aprende" may correct.
-    """
-    word, _, rest = text.strip().partition(" ")
-    word = unaccented(word).casefold()
-    if word == "aprende" and (ARROW in rest or (answered and rest.strip())):
-        return word, rest
-    return (word, rest.strip()) if len(rest.split()) <= ORDERS.get(word, -1) else ("", text)
 
 
 def obey(chat: Chat, word: str, argument: str, say):
@@ -174,7 +96,7 @@ def obey(chat: Chat, word: str, argument: str, say):
     columns, wish = shutil.get_terminal_size().columns, unaccented(argument).casefold()
     text = f"{word} {argument}".strip()
     if word == "ayuda":
-        say(HELP)
+        say(f"{HELP}\n{advice(chat.model)}")
     elif word in ("aprende", "recuerdos", "olvida"):
         obey_facts(chat, word, argument, wish, say)
     elif word == "limpiar":
@@ -184,24 +106,35 @@ def obey(chat: Chat, word: str, argument: str, say):
         chat.code = word == "codigo"
         say(CODE_MODE if chat.code else "Modo charla: pregunta lo que quieras.")
     elif word == "comparar":
+        chat.to_compare(argument)  # before it is announced
         say("(Respondiendo dos veces, sin memoria y con ella …)")
         texts = chat.compare(argument)
-        titled = [f"{title}\n{text}" for title, text in zip(("CON MEMORIA", "SIN MEMORIA"), texts)]
+        titled = [f"{title}\n{text}" for title, text in zip(TITLES, texts)]
         print(side_by_side(*titled, columns if in_conversation() else 0), flush=True)
         if texts[0] == texts[1]:
             say("(Las dos respuestas son iguales.)")
+        if chat.looped:
+            say(LOOPED)
+    elif word == "siguiente":
+        found = chat.likeliest(argument)
+        longest = max(chance for likely in found.values() for _, chance in likely)
+        titled = [f"{title}\n{bars(found[memory], longest)}" for title, memory in TITLES.items()]
+        print(side_by_side(*titled, columns if in_conversation() else 0), flush=True)
+        if found[True] == found[False]:
+            say("(Son iguales: aquí la memoria no cambia nada.)")
     elif word == "temperatura":
         value = float(wish.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d+)?", wish) else -1
         if not 0 <= value <= 100:
-            now = f"{chat.temperature:g}".replace(".", ",")
-            raise UserError(f"«{text}»: la temperatura es un número de 0 a 100; ahora, {now}. {ESCAPE}")
+            raise UserError(
+                f"«{text}»: la temperatura es un número de 0 a 100; ahora, {short(chat.temperature)}. {ESCAPE}"
+            )
         chat.temperature = value
         say(f"Temperatura: {wish.replace('.', ',')}")
     elif wish == "ver":
         pieces, gates, facts = chat.gates()
-        print(shaded(pieces, gates, facts, columns, in_colour()), flush=True)
         marked = " R: lo ha dicho un recuerdo." if any(facts) else ""
         say(f"(Bajo cada token, su puerta en décimas, una línea por capa: 0 cerrada, 9 abierta.{marked})")
+        print(shaded(pieces, gates, facts, columns, in_colour()), flush=True)
     elif wish in ("si", "no"):
         chat.memory = wish == "si"
         say("Memoria encendida." if chat.memory else "Memoria apagada: responde Phi sin Engram.")
@@ -257,28 +190,42 @@ def respond(chat: Chat, text: str, say):
     finally:
         print(flush=True)
     if chat.forgotten and not chat.code:
-        say(f"(Para que quepa, he olvidado los {chat.forgotten} mensajes más antiguos.)")
+        say(f"(Para que quepa, he olvidado lo más antiguo: {counted(chat.forgotten, 'mensaje')}.)")
+    if chat.looped:
+        say(LOOPED)
     if not said.strip():
         say("(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)")
 
 
+def more_waits() -> bool:
+    """Whether the terminal has more lines already: what was pasted has not come to its end."""
+    if in_notebook():
+        return False
+    return bool(select.select([sys.stdin], [], [], 0.05)[0])
+
+
 def read(code: bool, terminal: bool, answered: bool) -> str:
-    """One message: a line, or in code mode the lines up to an empty one. Raises EOFError where input ends."""
+    """One message: a line, or in code mode the lines up to an empty one; in a pipe, up to BLOCK_END. Raises EOFError
+    where input ends."""
     text = input(YOU if terminal else "")
-    if not code or order(text, answered)[0] or not text.strip():
+    if not code or order(text, answered)[0] or not text.strip() or (terminal and meant(text)):
         return text
     lines = [text]
     with suppress(EOFError):
-        while (line := input(MORE if terminal else "")).strip():
+        while True:
+            line = input(MORE if terminal else "")
+            if (not line.strip() and not more_waits()) if terminal else line.strip() == BLOCK_END:
+                break
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n") if not terminal else "\n".join(lines)
 
 
 def run_chat(
-    model=None, tokenizer=None, code=False, max_tokens=256, temperature=TEMPERATURE, seed=None, kept_in=None
+    model=None, tokenizer=None, code=None, max_tokens=256, temperature=None, seed=None, kept_in=None
 ):  # fmt: skip
     """Converse until `salir` or the end of the input. In a terminal or a notebook's cell with prompts; piped, answers
-    alone on stdout. Without a model, with the one that the other scripts left here."""
+    alone on stdout. Without a model, with the one that the other scripts left here; without `code` and `temperature`,
+    as suits the model."""
     terminal = in_conversation()
 
     def say(text):
@@ -286,6 +233,7 @@ def run_chat(
 
     if model is None:
         model, tokenizer = open_for_chat(default_model(), say)
+    code, temperature = suited(model, code, temperature)
     chat, answered = Chat(model, tokenizer, code, max_tokens, temperature, seed, kept_in), False
     if chat.teaching.said:
         say(f"Recuerdos: {len(chat.teaching.said)} («recuerdos» los dice).")
@@ -295,12 +243,17 @@ def run_chat(
                 import readline  # arrow keys in input
 
                 readline.parse_and_bind("set convert-meta off")  # in the C locale it takes accents for commands
-        say(CODE_MODE if code else "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
+                if knows_escapes():
+                    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
+        say(f"{CODE_MODE}\n" * code + "Escribe «ayuda» para ver las órdenes y «salir» para terminar.")
     while True:
         text = None
         try:
             text = read(chat.code, terminal, answered)
             word, argument = order(text, answered)
+            if terminal and not word and (wish := meant(text)):
+                say(f"¿Querías decir «{wish}»? Escríbelo así. {ESCAPE}")
+                continue
             answered = not word and bool(text.strip())
             if word == "salir":
                 break
@@ -348,27 +301,31 @@ def open_for_chat(name, note, storage="auto", memory=None):
     millions = spanish(model.n_values / 1e6, 1)
     where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
     precision = str(model.dtype).removeprefix("torch.")
-    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.\n{about_memory(model)}\n{ADVICE}")
+    note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.")
+    note(f"{about_memory(model, memory or name)}\n{advice(model)}")
     return model, tokenizer
 
 
 def main(argv=None) -> int:
     parser = SpanishParser(
         description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
-        epilog='Ejemplo: python chat_phi_engram.py --codigo --pregunta "def factorial(n):"',
+        epilog='Ejemplo: python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
+        f"Por tubería: una pregunta por línea; con --codigo, bloques separados por una línea «{BLOCK_END}».",
     )
     parser.add_argument(
         "--modelo", metavar="CARPETA_O_NOMBRE",
         help="carpeta, o usuario/nombre en el Hub (por defecto, la primera que haya de " + ", ".join(FOLDERS) + ")",
     )  # fmt: skip
-    parser.add_argument("--codigo", "--código", action="store_true", help="completar código en vez de conversar")
+    parser.add_argument(
+        "--codigo", "--código", action="store_true", default=None, help="completar código en vez de conversar"
+    )
     parser.add_argument("--pregunta", metavar="TEXTO", help="responde a esto y termina")
     parser.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="tokens por respuesta (por defecto, %(default)s)"
     )
     parser.add_argument(
-        "--temperatura", type=float, default=TEMPERATURE, metavar="X",
-        help="0 elige siempre lo más probable; cuanto mayor, más variado (por defecto, %(default)s)",
+        "--temperatura", type=decimal, metavar="X", help="0 elige siempre lo más probable; cuanto mayor, más variado "
+        f"(por defecto, {spanish(TEMPERATURE, 1)}, y {spanish(TOY_TEMPERATURE, 1)} para un modelo de juguete)",
     )  # fmt: skip
     parser.add_argument("--semilla", type=int, metavar="N", help="repite las mismas respuestas a las mismas preguntas")
     parser.add_argument(
@@ -379,16 +336,21 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
-    if not 0 <= options.temperatura <= 100:
-        parser.error(f"--temperatura {options.temperatura}: tiene que estar entre 0 y 100.")
+    if options.temperatura is not None and not 0 <= options.temperatura <= 100:
+        parser.error(f"--temperatura {short(options.temperatura)}: tiene que estar entre 0 y 100.")
     if options.pregunta is not None and not options.pregunta.strip():
         parser.error("--pregunta está vacía.")
+    def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone
+        print(text, file=sys.stdout if options.pregunta is None and in_conversation() else sys.stderr, flush=True)
+
+    if "\\n" in (options.pregunta or "") and "\n" not in options.pregunta:
+        note(
+            "(«\\n» va al modelo tal cual, como dos letras. Para un salto de línea, en bash: "
+            "--pregunta $'def f(x):\\n    return')"
+        )
     transformers_logging.set_verbosity_error()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-
-    def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone
-        print(text, file=sys.stdout if options.pregunta is None and in_conversation() else sys.stderr, flush=True)
 
     if options.pregunta is None and unanswered():
         raise UserError(
@@ -398,18 +360,15 @@ def main(argv=None) -> int:
         )
     name = str(options.modelo or default_model())
     model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria)
-    settings = (options.codigo, options.max_tokens, options.temperatura, options.semilla, options.recuerdos)
+    code, temperature = suited(model, options.codigo, options.temperatura)
+    settings = (code, options.max_tokens, temperature, options.semilla, options.recuerdos)
     longest = model.config.max_position_embeddings // 2
     if options.max_tokens > longest:
         note(f"(--max-tokens se queda en {longest}, la mitad de lo que el modelo puede leer.)")
-    try:
-        if options.pregunta is None:
-            run_chat(model, tokenizer, *settings)
-        else:
-            with interruptible():
-                return 0 if guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note) else 1
-    except BrokenPipeError:  # whoever read the answers, `head` say, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if options.pregunta is not None:
+        with interruptible():
+            return 0 if guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note) else 1
+    run_chat(model, tokenizer, *settings)
     return 0
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 try:
+    from engram.cards import write_graft_card, write_memory_card
     from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
     from engram.folders import whole_folder
     from engram.graft import check_output, load_phi_1_with_engram, report
@@ -82,8 +83,19 @@ def main(argv=None):
             change_memory(model, args.cambiar_memoria)
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
         bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
+        title = Path(args.salida).resolve().name
+        origin = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies is nobody's business
         if args.solo_memoria:
+            from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
+
             model.save_memory(folder)
+            alone = not phi_was_trained(name)
+            write_memory_card(model, folder, title, origin, alone)
+            if not alone:
+                print(
+                    f"⚠️  {args.modelo} hizo la fase 2, que cambió su Phi: esta memoria solo sirve con ese Phi, no con "
+                    "el original.\n   Para compartir solo la memoria, entrénala con --pasos-fase2 0."
+                )
         dtype = PRECISIONS.get(args.precision_memoria)
         tables = model.model.engram_tables.values()
         size = model.n_bytes + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
@@ -98,10 +110,11 @@ def main(argv=None):
             with quiet():
                 model.save_pretrained(folder, engram_precision=args.precision_memoria)
                 tokenizer.save_pretrained(folder)
+                write_graft_card(model, folder, title, origin)
     seconds, peak = time.perf_counter() - started, peak_memory()
     print(f"✅ Guardado en {args.salida}/ en {spanish(seconds, 1)} s.")
     if peak:
-        print(f"   Memoria máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo), con archivos mapeados.")
+        print(f"   RAM máxima: {gigabytes(peak)} ({spanish(peak / size, 2)} × el modelo), con archivos mapeados.")
     if args.solo_memoria:
         print(f"Ahora: python chat_phi_engram.py --modelo MODELO --cambiar-memoria {shlex.quote(args.salida)}")
         return 0

@@ -2177,3 +2177,7 @@ else:
     AutoConfig.register("phi_engram", PhiEngramConfig, exist_ok=True)
     AutoModel.register(PhiEngramConfig, PhiEngramModel, exist_ok=True)
     AutoModelForCausalLM.register(PhiEngramConfig, PhiEngramForCausalLM, exist_ok=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit("Este archivo es el modelo y no se ejecuta. Para hablar con él: python chat_phi_engram.py")

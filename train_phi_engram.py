@@ -25,7 +25,7 @@ try:
     import transformers
 
     from engram.checkpoints import newest_identity
-    from engram.console import SpanishParser, UserError, out_of_memory, run_script, spanish
+    from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, short, spanish
     from engram.corpus import prepare_corpus
     from engram.folders import hold
     from engram.opening import about_memory, add_memory_options, open_model
@@ -34,7 +34,7 @@ try:
     from engram.processes import leaving_processes, make_accelerator
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
-    from engram.steps import PHI_1_RECIPE, Recipe, phi_1_recipe
+    from engram.steps import PHI_1_RECIPE, phi_1_recipe, steps_of_phases
     from engram.texts import TEXT_SUFFIXES
     from engram.training import train_model
     from phi1_engram import unpack
@@ -75,7 +75,7 @@ def make_parser() -> SpanishParser:
     parser.add_argument("--longitud", type=int, default=PHI_1_RECIPE.length, help="tokens por bloque (%(default)s)")
     parser.add_argument("--lote", type=int, default=PHI_1_RECIPE.batch, help="bloques a la vez (%(default)s)")
     parser.add_argument("--acumular", type=int, default=PHI_1_RECIPE.accumulate, help="lotes por paso (%(default)s)")
-    parser.add_argument("--tasas", type=float, default=1.0, help="multiplica todas las tasas (%(default)s)")
+    parser.add_argument("--tasas", type=decimal, default=1, help="multiplica todas las tasas (%(default)s)")
     parser.add_argument(
         "--optimizador", choices=OPTIMIZERS, default="adamw", help="de los pesos densos (por defecto, %(default)s)"
     )
@@ -83,7 +83,7 @@ def make_parser() -> SpanishParser:
         "--estado-filas", choices=ROW_STATES, default="adam",
         help="lo que se guarda para entrenar la tabla: dos números por valor, o uno por fila (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--recalcular", action="store_true", help="menos memoria, un tercio más de tiempo")
+    parser.add_argument("--recalcular", action="store_true", help="menos RAM o memoria de la GPU, un tercio más lento")
     parser.add_argument(
         "--repartir-filas", action="store_true", help="con varios procesos: cada uno guarda una parte de las tablas"
     )
@@ -137,7 +137,7 @@ def parse(argv):
     if args.pasos_fase1 == args.pasos_fase2 == 0:
         raise UserError("Con 0 pasos en las dos fases no hay nada que entrenar.")
     if not 0 < args.tasas < math.inf:
-        raise UserError(f"--tasas {args.tasas:g} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
+        raise UserError(f"--tasas {short(args.tasas)} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.memoria == "disco":
         raise UserError("Con --memoria disco las filas solo se leen, y así no aprenden: usa --memoria ram, o auto.")
     for name in ("datos", "salida", "copia"):
@@ -178,14 +178,6 @@ def parse(argv):
         hint = f" ¿Querías decir {Path(args.datos).with_name(close[0])}?" if close else ""
         raise UserError(f"No existe «{args.datos}».{hint} Indica una carpeta o un archivo con --datos.")
     return args
-
-
-def steps_of_phases(asked_1: int | None, asked_2: int | None, tokens: int, recipe: Recipe) -> tuple[int, int]:
-    """What was asked, or one pass over `tokens` in phase 2 and a tenth of one in phase 1, where longer ones lost in our
-    study (DOCUMENTACION_TECNICA.md, 6.4.1). A whole pass in phase 1 when it is the only one."""
-    one_pass = max(1, tokens // recipe.tokens_per_step)
-    first = one_pass if asked_2 == 0 else -(-one_pass // 10)
-    return first if asked_1 is None else asked_1, one_pass if asked_2 is None else asked_2
 
 
 def less_memory(args, device: str) -> str:
@@ -299,10 +291,12 @@ def run(args, accelerator, model, tokenizer, output: Path):
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
-    recipe = replace(recipe, steps=steps_of_phases(args.pasos_fase1, args.pasos_fase2, len(corpus.train), recipe))
+    asked = args.pasos_fase1, args.pasos_fase2
+    recipe = replace(recipe, steps=steps_of_phases(*asked, len(corpus.train), recipe.tokens_per_step))
     tokens = spanish(recipe.tokens_per_step)
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
-    print(f"Fase 1: {recipe.steps[0]} pasos; fase 2: {recipe.steps[1]}; {tokens} tokens por paso{together}.")
+    first, second = (counted(steps, "paso") for steps in recipe.steps)
+    print(f"Fase 1: {first}; fase 2: {second}; {tokens} tokens por paso{together}.")
     print("Las tasas de la fase 1 son las que más enseñaron a otro modelo ya entrenado; con los pesos de Phi-1 aún no")
     print("se han probado, ni las de la fase 2 con una memoria. Con --tasas cambian todas (0.3: un tercio).")
     try:
@@ -317,7 +311,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"Se agotó la memoria. {less_memory(args, accelerator.device.type)}") from None
+        cure = less_memory(args, accelerator.device.type)
+        raise UserError(f"Se agotó la RAM, o la memoria de la GPU. {cure}") from None
     print(result_table(outcome["results"]))
     print(f"✅ Guardado en {output}/ (pesos, tokenizer, código, tarjeta, registro y curvas).")
     if args.subir and accelerator.is_main_process:

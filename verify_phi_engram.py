@@ -25,7 +25,7 @@ try:
         tokenizer_on_the_spot,
         verify,
     )
-    from engram.console import SpanishParser, UserError, run_script, spanish
+    from engram.console import SpanishParser, UserError, counted, run_script, spanish
     from engram.opening import about_memory, add_memory_options, open_model
     from phi1_engram import PHI_1
 except ImportError as error:
@@ -79,7 +79,7 @@ def main(argv=None) -> int:
             look_inside(options.profundidad, options.contra, options.datos, options.bloques, **memory)
         except torch.OutOfMemoryError:
             raise UserError(
-                "No hay memoria suficiente en la GPU. Con --contra hay dos modelos abiertos: quítalo, y si tampoco "
+                "No hay suficiente memoria de la GPU. Con --contra hay dos modelos abiertos: quítalo, y si tampoco "
                 "cabe uno, usa la CPU: CUDA_VISIBLE_DEVICES= python verify_phi_engram.py --profundidad …"
             ) from None
         return 0
@@ -109,19 +109,19 @@ def main(argv=None) -> int:
         millions = spanish(model.n_values / 1e6, 1)
         precision = str(model.dtype).removeprefix("torch.")
         print(
-            f"   {label}: {millions} millones de parámetros, {model.config.vocab_size} tokens, memoria en las capas "
-            f"{', '.join(map(str, model.config.engram_layer_ids))}; {precision} en {model.device}"
+            f"   {label}: {millions} millones de parámetros, {spanish(model.config.vocab_size)} tokens, memoria en las "
+            f"capas {', '.join(map(str, model.config.engram_layer_ids))}; {precision} en {model.device}"
         )
         good = verify(model, tokenizer, first_step=3)
     except torch.OutOfMemoryError:
         raise UserError(
-            "No hay memoria suficiente para comprobar este modelo en float32. Reinicia la sesión, no ejecutes otros "
-            "modelos a la vez, y si falta en la GPU pruébalo en la CPU: CUDA_VISIBLE_DEVICES= python "
+            "No hay RAM, o memoria de la GPU, suficiente para comprobar este modelo en float32. Reinicia la sesión, no "
+            "ejecutes otros modelos a la vez, y si falta en la GPU pruébalo en la CPU: CUDA_VISIBLE_DEVICES= python "
             "verify_phi_engram.py --modelo …"
         ) from None
     finally:
         torch.set_num_threads(threads)
-    print(f"   {time.time() - start:.0f} segundos.")
+    print(f"   {counted(round(time.time() - start), 'segundo')}.")
     return 0 if good and versions[0] == 0 else 1
 
 

@@ -11,6 +11,9 @@ Shapes: B blocks of T tokens, d hidden size, V vocabulary, S states: state 0 is 
 i + 1 is what layer i gives, counted from 0 as everywhere in this project.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +25,7 @@ from engram.probes import KEYWORD, KINDS, Sample
 LENGTH, BLOCKS = 256, 256  # tokens per block and most blocks: those on which the demo's training measures its loss
 POINTS = 256  # probe points per minibatch of CKA
 SEEN_OFTEN = 5  # times that an n-gram has to occur before its mean gate is believed
+TIE = 0.01  # of CKA: of two layers so close, which is the more similar one is for chance to say
 PROBES = {"nombres": "el final de los nombres de varios tokens", "todos": "todos los tokens"}
 SIZES = (1, 4, 16, 64)  # multiples of the present tables for which collisions are foretold
 
@@ -255,6 +259,23 @@ def alignment(similarity: torch.Tensor, k: int) -> torch.Tensor:
     return (weights * columns).sum(1) / weights.sum(1)
 
 
+def tie_spread(similarity: torch.Tensor, k: int) -> torch.Tensor:
+    """How far `alignment` would move if the next column stood in place of the k-th, where the two tie (TIE).
+
+    Args:
+        similarity: CKA [S, S'].
+    Returns:
+        float64 [S], in columns; 0 where there is no tie.
+    """
+    if similarity.shape[1] <= k:
+        return torch.zeros(len(similarity), dtype=torch.float64)
+    values, columns = similarity.topk(k + 1)
+    other = [*range(k - 1), k]
+    weights = values[:, other].clamp_min(1e-12)
+    moved = (weights * columns[:, other]).sum(1) / weights.sum(1) - alignment(similarity, k)
+    return torch.where(values[:, k - 1] - values[:, k] < TIE, moved.abs(), 0)
+
+
 class RunningCKA:
     """CKA of the states of two models from HSIC summed over minibatches (Nguyen et al., 2021).
 
@@ -279,7 +300,8 @@ class RunningCKA:
         self.batches += 1
 
     def result(self, k: int) -> dict | None:
-        """Matrix [S][S'], alignment [S], that of the twin with itself as reference, and noise; None without points."""
+        """Matrix [S][S'], alignment [S], that of the twin with itself as reference, noise, and how far ties could move
+        their difference; None without points."""
         if not self.batches and self.pending and self.pending[0].shape[1] >= 8:
             self._take(self.pending[0].shape[1])
         if not self.batches:
@@ -290,12 +312,12 @@ class RunningCKA:
             matrix = ab / (aa.diag()[:, None] * bb.diag()).sqrt()
             own = bb / (bb.diag()[:, None] * bb.diag()).sqrt()
             matrix, own = matrix.nan_to_num(0), own.nan_to_num(0)  # a state that is the same everywhere is like none
-            return matrix, alignment(matrix, k), alignment(own, k)
+            return matrix, alignment(matrix, k), alignment(own, k), tie_spread(matrix, k) + tie_spread(own, k)
 
-        matrix, aligned, own = curves(self.sums[0] + self.sums[1])
-        (_, a, own_a), (_, b, own_b) = map(curves, self.sums if self.batches > 1 else self.sums[:1] * 2)
+        matrix, aligned, own, ties = curves(self.sums[0] + self.sums[1])
+        (_, a, own_a, _), (_, b, own_b, _) = map(curves, self.sums if self.batches > 1 else self.sums[:1] * 2)
         noise = (a - own_a - b + own_b).abs() / 2
-        found = dict(matriz=matrix, alineacion=aligned, propia=own, ruido=noise)
+        found = dict(matriz=matrix, alineacion=aligned, propia=own, ruido=noise, empate=ties)
         return dict(minilotes=self.batches, **{key: values.tolist() for key, values in found.items()})
 
 

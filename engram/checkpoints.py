@@ -3,6 +3,9 @@
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import errno
 import json
 import math
@@ -11,7 +14,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engram.console import UserError, gigabytes, out_of_memory, spanish
+from engram.console import UserError, gigabytes, out_of_memory, short, spanish
 from engram.folders import discard, whole_folder
 
 STATE = "estado.json"
@@ -255,5 +258,5 @@ def _shown(value):
     if isinstance(value, bool) or value is None:
         return {True: "sí", False: "no", None: "nada"}[value]
     if isinstance(value, float):
-        return f"{value:g}".replace(".", ",")
+        return short(value)
     return spanish(value) if isinstance(value, int) else str(value)

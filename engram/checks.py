@@ -1,5 +1,8 @@
 """The checks of a model against what must hold; `verify_phi_engram.py` runs them and tells."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import importlib.metadata
 import math
 import os
@@ -20,7 +23,7 @@ from packaging.requirements import Requirement
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from engram.console import gigabytes, spanish
+from engram.console import counted, gigabytes, spanish
 from engram.graft import graft_difference
 from phi1_engram import (
     CACHE,
@@ -108,7 +111,7 @@ def check_memory_acts(model, ids):
         note("Memoria sin entrenar y en disco, donde no se le pueden poner números de prueba. Usa: --memoria ram")
         return None
     works = [i for i, out in added.items() if out.isfinite().all() and out.any()]
-    return float(len(hooks) - len(works)), 0.0
+    return float(len(hooks) - len(works)), 0.0, f"{len(works)} de {len(hooks)} capas añaden algo"
 
 
 def check_projection(tokenizer):
@@ -125,7 +128,9 @@ def check_projection(tokenizer):
         later[list(tokenizer.get_added_vocab().values())] = True
         before = torch.cat((stored.new_tensor([-1]), stored.cummax(0).values[:-1]))
         later &= (stored == stored[config.engram_pad_id]) | (stored > before)
-        return float(((stored != expected) & ~later).sum()), 0.0
+        wrong = int(((stored != expected) & ~later).sum())
+        right = f"{spanish(len(stored) - wrong)} de {spanish(len(stored))} entradas son las de su tokenizer"
+        return float(wrong), 0.0, right
 
     return check
 
@@ -209,7 +214,7 @@ def check_saved(model, ids):
             note("Tensores que no se guardaron: " + ", ".join(sorted(lost)[:5]))
             return math.inf, 0.0
         if _free_memory(model.device) < 1.2 * size:
-            note("Falta memoria libre para una segunda copia: se han releído los tensores, sin abrir el modelo.")
+            note("Falta RAM o memoria de la GPU para una segunda copia: se han releído los tensores, sin abrirlo.")
             return worst, 0.0
         answer = Path(temporary, "logits.pt")
         torch.save(ids, Path(temporary, "ids.pt"))
@@ -253,7 +258,7 @@ def check_gradient(model, ids):
             missed.append(name)
     if missed:
         note("Sin gradiente útil: " + ", ".join(missed[:5]))
-    return float(len(missed)), 0.0
+    return float(len(missed)), 0.0, f"llega a {len(names) - len(missed)} de {len(names)} tensores"
 
 
 CHECKS = [
@@ -319,7 +324,7 @@ def verify(model, tokenizer=None, first_step: int = 1) -> bool:
         model: a PhiEngramForCausalLM, on the device where it is to be checked.
         tokenizer: its tokenizer; with it, the stored vocabulary projection is checked too.
     Returns:
-        True when every difference is within its tolerance.
+        True when nothing that could be checked has failed.
     """
     checks, training, results = list(CHECKS), model.training, []
     if tokenizer is not None:
@@ -328,16 +333,21 @@ def verify(model, tokenizer=None, first_step: int = 1) -> bool:
     try:
         with acting_memory(model) as n_filled:
             if n_filled:
-                note(f"{n_filled} filas de la memoria están sin entrenar: se prueban con números de semilla fija.")
+                rows = counted(n_filled, "fila")
+                note(f"Memoria sin entrenar ({rows}): se prueba con números de semilla fija.")
             for step, (title, check) in enumerate(checks, first_step):
-                results.append((step, *run_check(step, title, check, model, probe(model, tokenizer))))
+                results.append((step, run_check(step, title, check, model, probe(model, tokenizer))))
     finally:
         model.train(training)
     return conclude(results)
 
 
-def run_check(step: int, title: str, check, *arguments) -> tuple[float, float]:
-    """Run one check and print its line. A check that breaks down has failed; one that returns None was left out."""
+def run_check(step: int, title: str, check, *arguments) -> tuple[float, float, str] | None:
+    """Run one check and print its line; None: it was left out, and has neither passed nor failed.
+
+    A check gives (largest difference, tolerance), or where it counts instead of comparing (how many are wrong, 0, words
+    that say so). One that breaks down has failed.
+    """
     print(f"{step}. {title}", flush=True)
     try:
         result = check(*arguments)
@@ -345,25 +355,30 @@ def run_check(step: int, title: str, check, *arguments) -> tuple[float, float]:
         raise
     except Exception as error:  # a broken model may raise anything: that is a finding, not a crash
         note(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
-        result = math.inf, 0.0
+        result = math.inf, 0.0, "la comprobación se ha roto"
     if result is None:
         print("   ⏭️  No se ha comprobado.", flush=True)
-        return 0.0, 0.0
-    found, tolerance = result
-    mark = "✅" if found <= tolerance else "❌"
-    print(f"   {mark} diferencia {number(found)} (tolerancia {number(tolerance)})", flush=True)
-    return found, tolerance
+        return None
+    found, tolerance, *words = result
+    words = words[0] if words else f"diferencia {number(found)} (tolerancia {number(tolerance)})"
+    print(f"   {'✅' if found <= tolerance else '❌'} {words}", flush=True)
+    return found, tolerance, words
 
 
-def conclude(results: list[tuple[int, float, float]]) -> bool:
-    """Print the last line: [(step, difference, tolerance)] -> whether all hold."""
-    failed = [result for result in results if not result[1] <= result[2]]
-    step, found, tolerance = max(failed or results, key=lambda result: result[1])
-    where = f"mayor diferencia {number(found)} (paso {step}, tolerancia {number(tolerance)})"
+def conclude(results: list[tuple]) -> bool:
+    """Print the last line: [(step, what `run_check` gave)] -> whether all that was checked holds."""
+    done = [(step, *result) for step, result in results if result is not None]
+    failed = [result for result in done if not result[1] <= result[2]]
+    skipped = [str(step) for step, result in results if result is None]
+    left = f"; sin comprobar: paso{'s' * (len(skipped) > 1)} {', '.join(skipped)}" if skipped else ""
+    compared = failed or [result for result in done if result[3].startswith("diferencia")]
+    step, _, _, words = max(compared, key=lambda result: result[1])
     if failed:
-        print(f"\n❌ Algo no funciona: falla{'n' if len(failed) > 1 else ''} {len(failed)} de {len(results)}; {where}.")
+        n = "n" if len(failed) > 1 else ""
+        print(f"\n❌ Algo no funciona: falla{n} {len(failed)} de {len(done)}{left}; lo peor, paso {step}: {words}.")
     else:
-        print(f"\n✅ Todo funciona: {len(results)} comprobaciones; {where}.")
+        what = "Funciona lo que se ha comprobado" if skipped else "Todo funciona"
+        print(f"\n✅ {what}: {counted(len(done), 'comprobación', 'comprobaciones')}{left}; mayor {words}, paso {step}.")
     return not failed
 
 
@@ -390,8 +405,8 @@ def check_versions():
             gpu = torch.cuda.get_device_properties(i)
             print(f"   GPU {i}: {gpu.name}, {spanish(gpu.total_memory / 2**30, 1)} GiB{', la que se usa' * (i == 0)}")
     else:
-        print(f"   Sin GPU: se usa la CPU ({torch.get_num_threads()} hilos)")
-    return float(len(wrong)), 0.0
+        print(f"   Sin GPU: se usa la CPU ({counted(torch.get_num_threads(), 'hilo')})")
+    return float(len(wrong)), 0.0, f"{len(found) - len(wrong)} de {len(found)} librerías sirven"
 
 
 def phi_1_tokenizer():

@@ -1,5 +1,8 @@
 """What every script says and is told: errors as one Spanish sentence, command lines and numbers in Spanish."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import argparse
 import codecs
 import difflib
@@ -19,6 +22,7 @@ from phi1_engram import EngramFileError
 
 ASCII_SIGNS = str.maketrans(
     {"✅": "OK", "❌": "ERROR:", "⚠": "AVISO:", "→": "->", "–": "-", "—": "-", "·": "-", "«": '"', "»": '"', "×": "x"}
+    | {"█": "#", "➖": "="}
     | dict.fromkeys("¿¡ℹ\ufe0f")
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -46,12 +50,20 @@ codecs.register_error("plain", plain)
 
 
 def run_script(main, argv=None):
-    """Run a script's `main(argv)` and exit: 0 when it was done, 1 with one Spanish sentence, 130 on Ctrl-C."""
+    """Run a script's `main(argv)` and exit: 0 when it was done, 1 with one Spanish sentence, 130 on Ctrl-C, 141 where
+    whoever read what it prints, `head` say, has had enough."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="plain")  # a terminal without UTF-8 must not kill the script
     try:
-        sys.exit(main(argv) or 0)
+        code = main(argv) or 0
+        sys.stdout.flush()
+    except SystemExit:
+        without_reader()
+        raise
+    except BrokenPipeError:
+        without_reader()
+        code = 141  # as a shell reports SIGPIPE
     except (UserError, KeyboardInterrupt, EngramFileError, OSError) as error:
         if isinstance(error, KeyboardInterrupt) and main.__module__ == "__main__":
             for number in SIGNALS:  # a notebook's stop button sends several, and this process is ending
@@ -60,6 +72,15 @@ def run_script(main, argv=None):
         if code is None:
             raise
     sys.exit(code)
+
+
+def without_reader():
+    """Flush what was printed, or let it go where nobody reads: else Python complains of the closed pipe at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(error: BaseException) -> int | None:
@@ -86,7 +107,7 @@ class SpanishParser(argparse.ArgumentParser):
     ERRORS = (
         (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1: «\2» no es válido; elige entre \3."),
         (r"argument (\S+): invalid int value: '(.*)'", r"\1: «\2» no es un número entero."),
-        (r"argument (\S+): invalid float value: '(\d*),(\d+)'", r"\1: escribe el decimal con punto: \2.\3."),
+        (r"argument (\S+): invalid decimal value: '(.*)'", r"\1: «\2» no es un número."),
         (r"argument (\S+): invalid \S+ value: '(.*)'", r"\1: «\2» no es válido."),
         (r"argument (\S+): expected .*arguments?", r"\1: falta el valor."),
         (r"argument (\S+): ignored explicit argument '(.*)'", r"\1 no lleva valor («\2»)."),
@@ -114,6 +135,11 @@ class SpanishParser(argparse.ArgumentParser):
             message = re.sub(f"^{english}$", spanish, message, flags=re.DOTALL)
         hint = f" ¿Querías decir {close[0]}?" if close else ""
         self.exit(2, f"{self.format_usage()}❌ {message}{hint} Todas las opciones: python {self.prog} --help\n")
+
+
+def decimal(text: str) -> float:
+    """A number as a Spanish or an English writer puts it: «0,5» or «0.5»."""
+    return float(text.replace(",", "."))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -159,6 +185,16 @@ class Progress(tqdm):
 def spanish(number, digits=0):
     """1234.5 -> «1.234,5»: a Spanish reader takes the comma for the decimal sign."""
     return f"{number:,.{digits}f}".translate(str.maketrans(",.", ".,"))
+
+
+def short(value: float) -> str:
+    """0.0025 -> «0,0025», 1e-05 as it is: as many digits as it has, six at most."""
+    return f"{value:g}".replace(".", ",")
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """«1 token», «2.000 tokens»."""
+    return f"{spanish(number)} {one if number == 1 else many or one + 's'}"
 
 
 def gigabytes(size):

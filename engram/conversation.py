@@ -1,5 +1,8 @@
 """A chat without a screen: prompts, answers while they are generated, stopping, comparing, gates."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import re
 import signal
 import threading
@@ -10,13 +13,16 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from engram.analyses import gate_values
-from engram.console import UserError
+from engram.console import UserError, counted, spanish
 from engram.facts import Lesson, facts_read
 from engram.graft import CHAT_TEMPLATE
+from engram.opening import is_toy
 from engram.teaching import ARROW, Teaching, line_of_code, literal, sentence
 from phi1_engram import Fact
 
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
+TOY_TEMPERATURE = 0.6  # a small model goes round in circles at less
+COPIES, CYCLE = 4, 4  # an answer ends at so many copies of the same lines, one after the other, of so many at most
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
 OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
 _asked = []  # a signal for each Ctrl-C since the last `interruptible` began
@@ -45,6 +51,14 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
+def repeats(text: str) -> bool:
+    """Whether the whole lines of a text end in COPIES copies of the last line, or of the last few."""
+    lines = text.split("\n")[:-1]
+    return any(
+        len(lines) >= COPIES * n and lines[-n:] * COPIES == lines[-COPIES * n :] for n in range(1, CYCLE + 1)
+    )
+
+
 class Answer(StoppingCriteria):
     """Streams an answer word by word, and stops it where the model starts to speak for the user.
 
@@ -60,12 +74,13 @@ class Answer(StoppingCriteria):
     def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write):
         self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt.shape[1], code, write
         self.ids, self.text = prompt, ""  # ids: int64 [1, T], with the prompt; text: what has been shown
-        self.cut = False  # by Ctrl-C
+        self.cut = self.looped = False  # by Ctrl-C; because it repeated itself
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         self.ids = input_ids
         self.cut = bool(_asked)
-        stop = self._show(final=False) or self.cut
+        self.looped = repeats(self._decode())
+        stop = self._show(final=False) or self.cut or self.looped
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def finish(self) -> str:
@@ -116,6 +131,14 @@ class Question(NamedTuple):
     seed: int
 
 
+def suited(model, code, temperature):
+    """Mode and temperature, where nothing was said of them: a toy cannot converse, and loops when it is cold."""
+    toy = is_toy(model)
+    if temperature is None:
+        temperature = TOY_TEMPERATURE if toy else TEMPERATURE
+    return toy if code is None else code, temperature
+
+
 class Chat:
     """A model, the conversation so far, and how to answer.
 
@@ -135,6 +158,7 @@ class Chat:
         self.max_tokens = min(max_tokens, self.context // 2)
         self.turns = []  # [{"role": "user" or "assistant", "content": text}]
         self.forgotten = 0  # turns that the last answer had no room for
+        self.looped = False  # whether the last answer was cut because it repeated itself
         self.question = self.given = None  # the last Question, and its Answer if it had the memory
         self.teaching = Teaching(model, tokenizer, kept_in)
 
@@ -150,9 +174,10 @@ class Chat:
             if excess <= 0:
                 return ids, turns
             if len(turns) == 1:
+                over = f"sobra{'n' * (excess > 1)} {counted(excess, 'token')}"
                 raise UserError(
-                    f"Tu mensaje es demasiado largo: sobran {excess} tokens de los {self.context} que el modelo puede "
-                    f"leer, {self.max_tokens} de ellos para la respuesta. Acórtalo, o usa un --max-tokens menor."
+                    f"Tu mensaje es demasiado largo: {over} de los {spanish(self.context)} que el modelo puede leer, "
+                    f"{self.max_tokens} de ellos para la respuesta. Acórtalo, o usa un --max-tokens menor."
                 )
             turns = turns[2:]
 
@@ -180,6 +205,12 @@ class Chat:
             raise KeyboardInterrupt
         return answer.text
 
+    def to_compare(self, text: str = "") -> Question:
+        """`text` as a question, or the last one. Raises UserError where there is none."""
+        if not text and self.question is None:
+            raise UserError("Aún no has preguntado nada. Pregunta algo, o escribe «comparar» y la pregunta detrás.")
+        return self.ask(text) if text else self.question
+
     def compare(self, text: str = "") -> tuple[str, str]:
         """Answers with memory and without, of the same seed, to `text` or the last question; neither is kept.
 
@@ -187,15 +218,33 @@ class Chat:
             UserError: no question yet, or it does not fit.
             KeyboardInterrupt: cut short.
         """
-        if not text and self.question is None:
-            raise UserError("Aún no has preguntado nada. Pregunta algo, o escribe «comparar» y la pregunta detrás.")
-        question, said = self.ask(text) if text else self.question, {}
+        question, said, looped = self.to_compare(text), {}, False
         for memory in (False, True):  # in this order the gates of the second can be seen
             answer, _ = self.reply(question, memory, lambda piece: None)
             if answer.cut:
                 raise KeyboardInterrupt
-            said[memory] = answer.text
+            said[memory], looped = answer.text, looped or answer.looped
+        self.looped = looped
         return said[True], said[False]
+
+    @torch.no_grad()
+    def likeliest(self, text: str, n: int = 5) -> dict[bool, list[tuple[str, float]]]:
+        """The `n` likeliest next tokens after `text` as it stands, in each mode: {memory: [(token, probability)]}.
+
+        Raises:
+            UserError: there is no text.
+        """
+        ids = self.tokens(literal(text))[:, -self.context :].to(self.model.device)
+        if not ids.shape[1]:
+            raise UserError("Escribe detrás el texto que hay que seguir, por ejemplo: siguiente import numpy as")
+        found = {}
+        for memory in (True, False):
+            with self.using(memory):
+                logits = self.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            chances, tokens = logits.softmax(-1).topk(n)
+            texts = [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens.tolist()]
+            found[memory] = list(zip(texts, chances.tolist()))
+        return found
 
     def gates(self) -> tuple[list[tuple[str, int]], dict[int, list[float]], list[bool]]:
         """The last answer's pieces, as in `Answer.pieces`, every position's gate (0..1) in each layer, and whether it
@@ -268,6 +317,7 @@ class Chat:
         except KeyboardInterrupt:
             answer.cut = True
         answer.finish()
+        self.looped = answer.looped
         return answer, turns
 
     @contextmanager

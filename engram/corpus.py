@@ -5,6 +5,9 @@ Nothing here holds more of the text than a few pieces of a quarter of a megabyte
 Used by the scripts that train and measure; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import hashlib
 import json
 import os
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram.console import Progress, UserError, gigabytes, spanish
+from engram.console import Progress, UserError, counted, gigabytes, spanish
 from engram.folders import discard, sweep, whole_folder
 from engram.texts import (
     HELD_OUT_SHARE,
@@ -34,7 +37,7 @@ from engram.texts import (
 
 GROUP = 64, 2**21  # pieces and bytes that the tokenizer gets at once, to work on in parallel
 CACHED = 5e9  # bytes of tokenised corpora that are kept
-RULES = 3  # to be raised when the same files give other tokens than before: nobody's stored tokens are then reused
+RULES = 4  # to be raised when the same files give other tokens than before: nobody's stored tokens are then reused
 
 
 @dataclass
@@ -51,8 +54,8 @@ class Corpus:
 
     def describe(self) -> str:
         return (
-            f"{self.name}: {spanish(self.documents)} documentos, {spanish(len(self.train))} tokens para entrenar y "
-            f"{spanish(len(self.held_out))} apartados para medir"
+            f"{self.name}: {counted(self.documents, 'documento')}, {counted(len(self.train), 'token')} para entrenar y "
+            f"{counted(len(self.held_out), 'apartado')} para medir"
         )
 
 
@@ -64,7 +67,7 @@ def prepare_corpus(
     Args:
         source: folder or file; the Python standard library when neither it nor `dataset` is given.
         length: tokens per block; a part with less than one block is refused.
-        max_tokens: stop reading after so many.
+        max_tokens: take so many at most, of both parts together.
         fresh: read a dataset anew; False where another process has just done so.
         encoding: of files that say nothing of theirs and are not UTF-8.
     Raises:
@@ -114,9 +117,14 @@ def prepare_corpus(
         cut = len(train) - len(train) // HELD_OUT_SHARE
         train, held_out, bytes_per_token = train[:cut], train[cut:], sum(meta["bytes"]) / sum(meta["tokens"])
     if len(train) < length or len(held_out) < length:
+        there, need = sum(meta["tokens"]), HELD_OUT_SHARE * length
+        size = need * sum(meta["bytes"]) / there / 1000
+        shorter = f" o baja --longitud a {there // HELD_OUT_SHARE} o menos" if there >= 2 * HELD_OUT_SHARE else ""
+        limit = " o sube --max-tokens" if max_tokens and there >= max_tokens else ""
         raise UserError(
-            f"El corpus es demasiado pequeño: {spanish(len(train))} tokens para entrenar y {spanish(len(held_out))} "
-            f"para medir, y cada parte necesita al menos un bloque de {length}. Añade texto o baja --longitud."
+            f"El corpus es demasiado pequeño: hay {counted(there, 'token')} y con bloques de {spanish(length)} hacen "
+            f"falta unos {spanish(need)} ({spanish(size)} kB de texto como este), porque uno de cada {HELD_OUT_SHARE} "
+            f"se aparta para medir. Añade texto{limit}{shorter}."
         )
     skipped = Skipped(Counter(meta["skipped"]["reasons"]), meta["skipped"]["examples"])
     return Corpus(name, train, held_out, bytes_per_token, meta["documents"], skipped, meta["digest"])
@@ -174,17 +182,22 @@ def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
         with open(paths[0], "wb") as train, open(paths[1], "wb") as held:
             for group in _groups(stream):
                 for piece, encoded in zip(group, encoder.encode_batch_fast([piece.text for piece in group])):
-                    raw, ids = piece.text.encode("utf-8"), encoded.ids
+                    raw, ids, last = piece.text.encode("utf-8"), encoded.ids, piece.last
                     # Told apart by their text, so that two copies of a file fall on the same side.
                     draw = int.from_bytes(hashlib.sha256(b"%d\n%b" % (seed, raw)).digest()[:8], "big")
                     side = int(draw % HELD_OUT_SHARE == 0 if piece.held_out is None else piece.held_out)
-                    packed = np.asarray([*ids, tokenizer.eos_token_id] if piece.last else ids, dtype).tobytes()
+                    if max_tokens and sum(tokens) + len(ids) + last >= max_tokens:  # the last one, cut to what is left
+                        ids, last = ids[: max_tokens - sum(tokens) - 1], True
+                        raw = raw if len(ids) == len(encoded.ids) else tokenizer.decode(ids).encode("utf-8")
+                    packed = np.asarray([*ids, tokenizer.eos_token_id] if last else ids, dtype).tobytes()
                     (train, held)[side].write(packed)
                     digests[side].update(packed)
-                    tokens[side] += len(ids) + piece.last
+                    tokens[side] += len(ids) + last
                     size[side] += len(raw)
-                    count, begins = count + begins, piece.last
+                    count, begins = count + begins, last
                     bar.update(len(raw))
+                    if max_tokens and sum(tokens) >= max_tokens:
+                        break
                 if max_tokens and sum(tokens) >= max_tokens:
                     break
         if not count:

@@ -1,5 +1,8 @@
 """Every gigabyte of a training, counted before it begins: by tracing a step on fake tensors, and by arithmetic."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import json
 import math
 import weakref
@@ -179,6 +182,8 @@ class Choice:
     resume: float = 0  # bytes of the checkpoints that are there already, of a training to go on with
     shard: bool = False  # every process keeps a part of the rows instead of all
     shard_model: bool = False  # and of the dense weights, their gradients and states
+    asked: tuple[int | None, int | None] = (None, None)  # steps of each phase, where they were said
+    corpus: float | None = None  # tokens to train on, where that can be guessed
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,9 @@ It goes through the same functions as the real model, on code that every machine
 no GPU. There is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import shutil
 import tempfile
@@ -15,7 +18,9 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from engram.console import UserError, spanish
+from engram.cards import write_control_card
+from engram.choices import told
+from engram.console import UserError, short, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
@@ -72,6 +77,7 @@ def train_plain(model, corpus, recipe, rate, *, steps, offset, label) -> dict:
             accelerator, model, optimizer, corpus, recipe, steps=steps, label=label, offset=offset, on_step=on_step
         )
     measured = evaluate(model, corpus, recipe, accelerator.device)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # to be measured again as it is
     accelerator.free_memory()
     return dict(**measured, seconds=seconds, tokens_per_second=recipe.tokens_per_step * steps / seconds)
 
@@ -86,6 +92,12 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         raise UserError("--demo va en un solo proceso, sin accelerate launch: python train_phi_engram.py --demo")
     output = Path(output)
     control_output = output.with_name(output.name + "-control")
+    for place in (output, control_output):
+        if place.exists():
+            raise UserError(
+                f"{place}/ ya existe y no la voy a pisar. Cámbiale el nombre, o bórrala si es de una demostración que "
+                f"ya no quieres: mv {place} {place}-1"
+            )
     further = sum(recipe.steps)
     print("Demostración sin Hub: entreno un Phi pequeño con la biblioteca estándar de Python, le injerto la memoria")
     print("y lo comparo con el mismo Phi sin memoria. Unos 15 minutos con dos núcleos.\n")
@@ -111,26 +123,29 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
         best = None
         for rate in DEMO_CONTROL_RATES:
             control = PhiForCausalLM.from_pretrained(scratch)
-            label = f"Control (tasa {rate:g})".replace(".", ",")
+            label = f"Control (tasa {short(rate)})"
             row = dict(name=label, **train_plain(control, corpus, rest, rate, steps=further, offset=0, label=label))
             print(result_line(row))
             if best is None or row["loss"] < best["loss"]:
-                best = row
-                with whole_folder(control_output) as folder:
-                    control.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
+                best, twin = row, control
             results.append(row)
         shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
         model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
-        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9)
+        named = dict(best, name=f"el mismo Phi sin memoria, con los mismos pasos ({best['name'].lower()})")
+        outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9, control=named)
+    with whole_folder(control_output) as folder:
+        twin.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_control_card(twin, folder, control_output.name, output.name)
     results += [dict(row, name=f"Engram, {row['name']}") for row in outcome["results"][1:]]
-    print(f"\nPérdida en {spanish(len(corpus.held_out))} tokens que ningún modelo ha visto (menos es mejor):\n")
+    print(f"\nPérdida en {spanish(results[-1]['tokens'])} tokens que ningún modelo ha visto (menos es mejor):\n")
     print(result_table(results))
-    gain = best["loss"] - results[-1]["loss"]
-    mark, verb = ("✅", "gana") if gain > 0 else ("❌", "pierde")
-    gained = f"{verb} {spanish(abs(gain), 3)} nats por token"
+    text, gain, error = told(model, twin, tokenizer, corpus.held_out, recipe.length)
+    print(f"\n{text}")
+    mark, verb = ("✅", "gana") if gain > 2 * error else ("❌", "pierde") if gain < -2 * error else ("➖", "empata:")
+    gained = f"{verb} {spanish(abs(gain), 3)} ± {spanish(error, 3)} nats por token"
     print(f"\n{mark} Con los mismos {further} pasos más, la memoria {gained} frente al mejor control.")
     seconds = time.perf_counter() - started
-    print(f"Una sola semilla: fíate de la diferencia, no de la tercera cifra. Tiempo total: {spanish(seconds)} s.")
+    print(f"Una sola semilla: el ± es de otros textos, no de otros entrenamientos. Tiempo total: {spanish(seconds)} s.")
     print(f"Guardado en {output}/ y {control_output}/. Ahora: python chat_phi_engram.py --modelo {output}")
     return results

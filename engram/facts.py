@@ -6,6 +6,9 @@ answered with the same bits as before. Found by a few steps of Adam on those row
 (arXiv 2606.19172), in the middle of the model and in front of the table instead of inside it.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import copy
 import math
 from contextlib import contextmanager

@@ -1,5 +1,8 @@
 """Folders that are whole or absent: written under a hidden name, locked against others, swept after a kill."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import re
 import shutil

@@ -1,5 +1,8 @@
 """An untrained memory on a Phi that must stay the same Phi, and what was put together."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import re
 import shlex
@@ -8,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from engram.console import UserError, gigabytes, spanish
+from engram.console import UserError, gigabytes, short, spanish
 from engram.opening import explained, find_model, open_checked, open_tokenizer, read_config, where_from
 from phi1_engram import MEMORY_FILE, PHI_1, PhiEngramConfig
 
@@ -20,7 +23,8 @@ CODE_SAMPLE = "def suma(a, b):\n    return a + b\n"  # short: float16 is slow on
 # What main() writes. A folder that holds anything else is never replaced by it.
 OWN_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|"
-    r"chat_template\.jinja|engram_memory\.safetensors|engram_facts.*|phi1_engram\.py|model.*\.safetensors(\.index(\..+)?\.json)?|__pycache__|\.DS_Store"
+    r"chat_template\.jinja|README\.md|engram_memory\.safetensors|engram_facts.*|phi1_engram\.py|__pycache__|\.DS_Store|"
+    r"model.*\.safetensors(\.index(\..+)?\.json)?"
 )
 
 
@@ -33,7 +37,10 @@ def check_output(output):
         reason = "ya existe y es un archivo, no una carpeta"
     elif foreign:
         reason = f"esa carpeta contiene «{foreign[0]}», que no es de este script, y no la voy a pisar"
-    elif entries not in ([], [MEMORY_FILE]) and read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
+    elif (
+        entries not in ([], [MEMORY_FILE], ["README.md", MEMORY_FILE])
+        and read_config(str(path))["model_type"] != PhiEngramConfig.model_type
+    ):
         reason = "ahí hay otro modelo y no lo voy a pisar"
     else:
         return
@@ -90,7 +97,7 @@ def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **eng
     difference = graft_difference(model, tokenizer(CODE_SAMPLE, return_tensors="pt").input_ids)
     if difference:
         raise UserError(
-            f"El injerto cambia las respuestas de «{name}» en {difference:g}, y no debe cambiar nada. No se ha "
+            f"El injerto cambia las respuestas de «{name}» en {short(difference)}, y no debe cambiar nada. No se ha "
             "guardado. Prueba con --dtype float32 y, si sigue igual, avisa de este error."
         )
     return model, tokenizer

@@ -1,5 +1,8 @@
 """Opening checkpoints, from a folder or the Hub: found, read, opened, or explained in Spanish."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import difflib
 import os
 import re
@@ -27,7 +30,8 @@ MADE_BY = {
     "phi1-engram-trained": "python train_phi_engram.py",
     "phi1-engram-demo": "python train_phi_engram.py --demo",
 }
-
+# Parameters of Phi below which a model is called a toy; the smallest that Microsoft published has 1.4e9.
+TOY = 5e8
 
 FACTS_GONE = "ℹ️  Este modelo traía recuerdos ({}) que ya no valen, porque {}: sigue sin ellos."
 
@@ -80,7 +84,7 @@ def _explanation(error, name, cure):
             "otro sitio: export HF_HOME=/otra/carpeta"
         )
     if any(map(out_of_memory, chain)):
-        return f"No hay memoria suficiente para abrir «{name}». {cure}"
+        return f"No hay RAM (o memoria de la GPU) suficiente para abrir «{name}». {cure}"
     if found(hub_errors.GatedRepoError):
         return f"«{name}» es de acceso restringido. Pídelo en https://huggingface.co/{name} y pon tu llave: {token}"
     if status in (401, 403) or found(hub_errors.RepositoryNotFoundError):
@@ -247,6 +251,16 @@ def add_memory_options(parser):
     )
 
 
-def about_memory(model) -> str:
-    """Where the memory is and why, as one Spanish line."""
-    return f"Memoria en {model.memory_place}: {model.memory_reason}."
+def about_memory(model, name=None) -> str:
+    """Where the memory is and why, as one Spanish line; with `name`, also whose it is and whether it has learned."""
+    whose = ""
+    if name is not None:
+        # Of a fresh graft the convolutions are zero, and a first step of training changes them.
+        trained = any(model.model.layers[i].engram.conv.weight.any() for i in model.config.engram_layer_ids)
+        whose = f" de {name}, {'encendida' if trained else 'sin entrenar: aún no cambia nada'};"
+    return f"Memoria{whose} en {model.memory_place}: {model.memory_reason}."
+
+
+def is_toy(model) -> bool:
+    """Whether its Phi is far smaller than any that was published, as the demo's is."""
+    return sum(p.numel() for name, p in model.named_parameters() if "engram" not in name) < TOY

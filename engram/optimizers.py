@@ -1,5 +1,8 @@
 """Optimisers of dense weights beside the rows that a step reads: one step, one clipping norm, one schedule."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import math
 
 import torch

@@ -1,5 +1,8 @@
 """Numbers of `engram/analyses.py` -> pictures."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 from engram.analyses import PROBES
 from engram.console import UserError, spanish
 

@@ -8,6 +8,9 @@ tensors have shapes and no contents, and every storage is counted from its birth
 states, tables and files follow from the shapes. Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import ctypes
 import difflib
 import math
@@ -25,6 +28,8 @@ import torch
 from engram.console import UserError, spanish
 from engram.counting import Choice, Machine, account, shapes, traced
 from engram.opening import MADE_BY, find_model, read_config
+from engram.steps import steps_of_phases
+from engram.texts import HELD_OUT_SHARE, standard_library, text_files
 from phi1_engram import PHI_1, PhiEngramConfig
 
 SHORTEST = 256  # tokens per block below which the search does not go
@@ -42,12 +47,13 @@ MACHINES = {
 }
 # Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench/plan.py).
 STEP_SHARE = 0.4
+TOKEN_BYTES = 3.2  # of Python code, as Phi-1's tokenizer cuts it; assumed, not measured
 LINK = 6e9  # bytes per second that a card gets from another over PCIe 3.0, as on Kaggle; assumed, not measured
 
 
 def named_machine(name: str) -> Machine:
-    if name in MACHINES:
-        return MACHINES[name]
+    if name.lower() in MACHINES:
+        return MACHINES[name.lower()]
     close = difflib.get_close_matches(name.lower(), MACHINES, 1)
     hint = f" ¿Querías decir {close[0]}?" if close else ""
     raise UserError(
@@ -236,7 +242,8 @@ def table(config, choice, machine) -> str:
                 lines.append(f"  {item:32}" + "".join(f"{giga(size):>14}" for size in sizes))
         totals = [sum(need[place].values()) for need in needs.values()]
         lines.append(f"  {'TOTAL':32}" + "".join(f"{giga(size):>14}" for size in totals))
-        marks = ["✅" if size <= there[place] else "❌" for size in totals]
+        known = there[place] != math.inf
+        marks = [("✅" if size <= there[place] else "❌") if known else "? " for size in totals]
         lines.append(f"  {'hay ' + giga(there[place]):32}" + "".join(f"{mark:>13}" for mark in marks))
     return "\n".join(lines)
 
@@ -280,6 +287,35 @@ def open_config(name) -> tuple[PhiEngramConfig, bool]:
         raise UserError(f"El config.json de «{name}» no sirve: {error}") from error
 
 
+def corpus_tokens(source: str | None) -> float | None:
+    """Tokens to train on in a folder or file, or in the standard library, guessed from sizes; None: nothing there."""
+    path = standard_library() if source is None else Path(source).expanduser()
+    if not path.exists():
+        return None
+    size = sum(file.stat().st_size for file in text_files(path) if file.is_file())
+    return size / TOKEN_BYTES * (1 - 1 / HELD_OUT_SHARE)
+
+
+def duration(hours: dict[int, float], choice, machine) -> str:
+    """How long this very training would take. `hours`: of each phase that runs, per million tokens."""
+    per_step = choice.tokens * choice.accumulate * machine.cards
+    if choice.corpus is None and any(choice.asked[phase - 1] is None for phase in hours):
+        return "Cuánto tarda depende de cuánto texto haya, que no se sabe: mira abajo las horas por millón de tokens."
+    steps = steps_of_phases(*choice.asked, int(choice.corpus or 0), per_step)
+    tokens = {phase: steps[phase - 1] * per_step for phase in hours}
+    parts = {phase: tokens[phase] * hours[phase] / 1e6 for phase in hours}
+
+    def said(time):
+        return f"{spanish(time, 1)} h" if time >= 1 else f"{max(1, round(60 * time))} min"
+
+    each = "; ".join(f"fase {phase}, {said(parts[phase])}" for phase in parts) if len(parts) > 1 else ""
+    guess = "" if None not in choice.asked else f", si el texto tiene {spanish(TOKEN_BYTES, 1)} bytes por token"
+    return (
+        f"Este entrenamiento: alrededor de {said(sum(parts.values()))}{f' ({each})' if each else ''}, para "
+        f"{spanish(sum(tokens.values()) / 1e6, 2)} millones de tokens{guess}."
+    )
+
+
 def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     """All that `--plan` prints."""
     config, assumed = open_config(name)
@@ -289,8 +325,26 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     rows = sum(n for n, _ in tables.values())
     precision = {None: "float32", torch.float16: "float16, con escala", torch.bfloat16: "bfloat16"}[machine.half]
     where = {"auto": "gpu" if machine.gpu else "ram"}.get(choice.place, choice.place)
-    lines = [
-        f"Plan para {name} en {machine.name}" + (" (forma de Phi-1, memoria por defecto)" if assumed else ""),
+    missing = lacking(config, choice, machine)
+    unknown = " ni ".join(place for place, size in room(machine).items() if size == math.inf)
+    lines = [f"Plan para {name} en {machine.name}" + (" (forma de Phi-1, memoria por defecto)" if assumed else "")]
+    for phase, places in missing.items():
+        but = f", si basta el {unknown}, del que no hay dato" if unknown else ""
+        verdict = f"❌ Fase {phase}: no cabe en {' ni en '.join(places)}" if places else f"✅ Fase {phase}: cabe{but}"
+        lines.append(f"{verdict}.")
+    chosen = choice
+    if any(missing.values()):
+        lines.append(advice(config, choice, machine, given))
+        chosen = search(config, choice, machine) or choice
+    else:
+        lines.append(f"Para entrenar: {command(choice, machine, given)}")
+    hours = {}  # per million tokens
+    for phase in missing:
+        moving = (machine.gpu > 0) * bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
+        hours[phase] = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600, moving
+    lines += [
+        duration({phase: sum(pair) for phase, pair in hours.items()}, chosen, machine),
+        "",
         f"  {spanish(numbers[0] / 1e6)} millones de parámetros de Phi, {spanish(numbers[1] / 1e6, 1)} de Engram; "
         f"{spanish(rows / 1e6, 2)} millones",
         f"  de filas de {next(iter(tables.values()))[1]} valores. Se calcula en {precision}.",
@@ -300,20 +354,9 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         table(config, choice, machine),
         "",
     ]
-    missing = lacking(config, choice, machine)
-    for phase, places in missing.items():
-        lines.append(f"❌ Fase {phase}: no cabe en {' ni en '.join(places)}." if places else f"✅ Fase {phase}: cabe.")
-    chosen = choice
-    if any(missing.values()):
-        lines.append(advice(config, choice, machine, given))
-        chosen = search(config, choice, machine) or choice
-    else:
-        lines.append(f"Para entrenar: {command(choice, machine, given)}")
-    for phase in missing:
-        hours = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600
-        moving = (machine.gpu > 0) * bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
+    for phase, (computing, moving) in hours.items():
         also = f", {spanish(moving, 2)} de ellas en lo que se mandan las tarjetas" if moving > 0.005 else ""
-        lines.append(f"Fase {phase}: {spanish(hours + moving, 2)} horas por millón de tokens{also}.")
+        lines.append(f"Fase {phase}: {spanish(computing + moving, 2)} horas por millón de tokens{also}.")
     speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
     if machine.measured:
         lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
@@ -385,4 +428,8 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
         (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, there, args.repartir_filas,
         args.repartir_modelo,
     )  # fmt: skip
+    if args.plan is not None:
+        tokens = None if args.dataset else corpus_tokens(args.datos)
+        tokens = min((n for n in (tokens, args.max_tokens) if n is not None), default=None)
+        choice = replace(choice, asked=(args.pasos_fase1, args.pasos_fase2), corpus=tokens)
     return args.modelo, choice, machine, given

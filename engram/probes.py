@@ -1,5 +1,8 @@
 """The text on which a model is looked at: held-out blocks, and what kind of thing each token is."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import ast
 import io
 import keyword

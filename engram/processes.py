@@ -7,6 +7,9 @@ Rows of the tables are not of this room: `engram/rows.py` trains, exchanges and 
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import sys
 import traceback

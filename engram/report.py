@@ -1,13 +1,17 @@
 """What a trained memory does inside, from a model's name to pictures and a report in Spanish."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 from transformers import PhiForCausalLM
 
-from engram.analyses import BLOCKS, LENGTH, PROBES, SEEN_OFTEN, SIZES, analyse, foretold_sharing
+from engram.analyses import BLOCKS, LENGTH, PROBES, SEEN_OFTEN, SIZES, TIE, analyse, foretold_sharing
 from engram.console import UserError, gigabytes, peak_memory, spanish
 from engram.folders import whole_folder
 from engram.opening import explained, find_model, open_model, open_tokenizer, read_config, where_from
@@ -93,12 +97,21 @@ def report_cka(numbers):
         own, other = ([signed(place - 1, 2) for place in found[curve]] for curve in ("alineacion", "propia"))
         same = [spanish(row[s], 3) for s, row in enumerate(found["matriz"])]
         yield f"Con {title} (minilotes: {spanish(found['minilotes'])}):"
-        head = ["capa", "CKA con la misma capa", "alineación", "del otro consigo mismo", "ganancia ± ruido"]
-        yield markdown_table(head, zip(names, same, own, other, (with_error(pair, 2) for pair in gained)))
-        # Under a twentieth of a layer is nothing, however sure.
-        moved = [side(pair) * (abs(pair[0]) >= 0.05 and found["minilotes"] > 1) for pair in gained]
+        head = ["capa", "CKA con la misma capa", "alineación", "del otro consigo mismo", "ganancia ± ruido", "empate"]
+        ties = found["empate"]
+        cells = (["hasta " + spanish(tie, 2) if tie else "–" for tie in ties],)
+        yield markdown_table(head, zip(names, same, own, other, (with_error(pair, 2) for pair in gained), *cells))
+        # Under a twentieth of a layer is nothing, however sure; nor is what a tie between two layers may have given.
+        clear = [abs(gain) - tie >= 0.05 and found["minilotes"] > 1 for (gain, _), tie in zip(gained, ties)]
+        moved = [side(pair) * sure for pair, sure in zip(gained, clear)]
         deeper, shallower = ([name for name, m in zip(names, moved) if m == sign] for sign in (1, -1))
         yield f"Se parecen a capas más profundas del otro: {listed(deeper)}. A menos profundas: {listed(shallower)}."
+        undecided = [name for name, pair, m, tie in zip(names, gained, moved, ties) if side(pair) and not m and tie]
+        if undecided:
+            yield (
+                f"Sin decidir: {listed(undecided)}. Ahí dos capas del otro se parecen casi lo mismo (su CKA difiere en "
+                f"menos de {spanish(TIE, 2)}), y cuál se cuenta la cambia en lo que dice la columna «empate»."
+            )
 
 
 def report_gates(numbers):
@@ -119,6 +132,15 @@ def report_gates(numbers):
             f"De {spanish(found['ngramas'])} n-gramas que salen {SEEN_OFTEN} veces o más, "
             f"{spanish(found['ngramas_que_nunca_abren'])} nunca pasan de 0,5."
         )
+
+
+def most_needed(changes) -> str:
+    """Which n-gram order is missed most, if the others are further away than two standard errors."""
+    orders = sorted(((*pair, key) for key, pair in changes.items() if key.startswith("sin orden")), reverse=True)
+    (mean, error, key), *others = orders
+    if all(mean - less > 2 * math.hypot(error, noise) for less, noise, _ in others):
+        return f"El que más falta hace: el {key.removeprefix('sin ')}."
+    return "Entre los órdenes hay empate: ninguno hace claramente más falta."
 
 
 def report_ablation(numbers):
@@ -142,11 +164,9 @@ def report_ablation(numbers):
         return
     effects = {kind: one["cambios"]["sin memoria"] for kind, one in found.items() if kind != "todos"}
     worse, better = ([kind for kind in effects if side(effects[kind]) == sign] for sign in (1, -1))
-    orders = {key: mean for key, (mean, _) in total.items() if key.startswith("sin orden")}
     yield (
-        f"Al apagarla la pérdida cambia en {signed(total['sin memoria'][0])}. Empeora, de más a menos: "
-        f"{listed(sorted(worse, key=lambda kind: -effects[kind][0]))}. Mejora: {listed(better)}. El que más falta "
-        f"hace: el {max(orders, key=orders.get).removeprefix('sin ')}."
+        f"Al apagarla la pérdida cambia en {with_error(total['sin memoria'])}. Empeora, de más a menos: "
+        f"{listed(sorted(worse, key=lambda kind: -effects[kind][0]))}. Mejora: {listed(better)}. {most_needed(total)}"
     )
     if "gemelo" in total:
         yield (
@@ -188,6 +208,37 @@ def report_tables(numbers):
         yield markdown_table(["orden", "n-gramas distintos", *(f"tablas × {m}" for m in SIZES)], rows)
 
 
+def report_short(numbers):
+    """What the five sections say, in sentences that need no word of theirs."""
+    yield "## En pocas palabras"
+    total, points = numbers["ablacion"]["todos"]["cambios"], []
+    off, twin = total["sin memoria"], total.get("gemelo")
+    points.append(
+        {
+            1: f"La memoria ayuda: sin ella la pérdida (cuánto se equivoca al adivinar cada token) sube "
+            f"{with_error(off)}, desde {spanish(numbers['ablacion']['todos']['perdida'], 3)}.",
+            -1: f"La memoria estorba: sin ella la pérdida baja, {with_error(off)}.",
+            0: f"En este texto no se nota si la memoria está o no: al apagarla la pérdida cambia {with_error(off)}.",
+        }[side(off)]
+    )
+    if twin is not None:
+        verdict = ("Empata con el control", "El modelo gana al control", "El control gana al modelo")[side(twin)]
+        points.append(f"{verdict}, que nunca tuvo memoria: {with_error(twin)} de pérdida el control.")
+    for layer, found in numbers["puertas"]["capas"].items():
+        kinds = sorted(found["por_clase"], key=found["por_clase"].get)
+        points.append(
+            f"En la capa {layer} la puerta se abre de media {spanish(found['media'], 2)} (de 0 a 1); la que más, ante "
+            f"{kinds[-1]}, y la que menos, ante {kinds[0]}."
+        )
+    heads = [head for heads in numbers["tablas"]["capas"].values() for head in heads]
+    untrained, shared = (
+        spanish(100 * sum(head[key] for head in heads) / len(heads))
+        for key in ("sin_entrenar", "consultas_que_chocan")
+    )
+    points.append(f"De cada 100 consultas, {untrained} dan con una fila sin entrenar y {shared} con una compartida.")
+    yield "\n".join(f"- {point}" for point in points)
+
+
 def write_report(numbers) -> str:
     parts = [
         f"# Por dentro de {numbers['modelo']}",
@@ -196,6 +247,7 @@ def write_report(numbers) -> str:
         "primera. Es un modelo y un texto: los errores dicen cuánto cambiaría con otros bloques de texto, no con otro "
         "entrenamiento.",
     ]
+    parts += report_short(numbers)
     sections = report_lens, report_cka, report_gates, report_ablation, report_tables
     for (picture, _), section in zip(PICTURES, sections):
         parts += [*section(numbers), f"![{picture.removesuffix('.png')}]({picture})"]
@@ -237,13 +289,12 @@ def open_twin(name, model, tokenizer):
 
 
 def check_place(output):
-    """Refuse a folder with anything in it that an earlier run did not leave there."""
+    """Refuse a place where something stands already: it may be another model's results."""
     path = Path(output)
-    own = {*dict(PICTURES), "numeros.json", "informe.md", ".DS_Store", ".ipynb_checkpoints"}
-    foreign = [entry.name for entry in path.iterdir() if entry.name not in own] if path.is_dir() else []
-    if foreign or path.exists() and not path.is_dir():
-        what = f"contiene «{min(foreign)}», que no es de este análisis" if foreign else "es un archivo"
-        raise UserError(f"Los resultados van a {path}/, que ya existe y {what}. Cámbiale el nombre: mv {path} otra")
+    if path.exists():
+        raise UserError(
+            f"Los resultados van a {path}/, que ya existe y no la voy a pisar. Cámbiale el nombre: mv {path} {path}-1"
+        )
 
 
 def depth(

@@ -6,6 +6,9 @@ its size. A forward pass turns the distinct rows of its batch into leaves of the
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

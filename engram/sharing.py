@@ -3,6 +3,9 @@
 Used by `train_phi_engram.py`; there is nothing to run here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import importlib.util
 import json
 from dataclasses import asdict
@@ -10,12 +13,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from transformers.utils import cached_file
 
-from engram.console import UserError, spanish
+from engram.cards import front, original, toy_warning, values_of, write
+from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
-from phi1_engram import PHI_1
 
 LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result
+FEW = 10_000  # tokens; a loss measured on fewer moves by more than 0.02 nats from text to text
 TRACKERS = ("tensorboard", "trackio")
 
 
@@ -35,10 +40,17 @@ def start_tracker(accelerator, name: str | None, run: str, settings: dict, step:
     accelerator.init_trackers(run, flat, {name: options})
 
 
+def too_few(result: dict) -> str:
+    """What is to be said of a loss measured on so little text that another text would give quite another."""
+    tokens = result.get("tokens", FEW)
+    return "" if tokens >= FEW else f", medido en solo {counted(tokens, 'token')}: no te fíes"
+
+
 def result_line(result: dict) -> str:
     return (
         f"   Texto apartado, {result['name']}: pérdida {spanish(result['loss'], 4)}, "
         f"perplejidad {spanish(result['perplexity'], 2)}, {spanish(result['bits_per_byte'], 3)} bits por byte"
+        f"{too_few(result)}"
     )
 
 
@@ -50,6 +62,8 @@ def memory_line(losses: dict[str, float]) -> str:
         f"   Con la memoria, {spanish(on, 4)}; apagada, {spanish(off, 4)}; con las filas de otros n-gramas, "
         f"{spanish(shuffled, 4)}."
     )
+    if gain <= -0.002:
+        return f"{text} La memoria estorba en este texto: con ella se pierden {spanish(-gain, 4)} nats por token."
     if gain < 0.002:
         return f"{text} La memoria no ha aprendido nada que se note: prueba más pasos, o más texto de lo mismo."
     content = min(1, max(0, (shuffled - on) / gain))
@@ -64,11 +78,15 @@ def result_table(results: list[dict]) -> str:
         if "seconds" in row:
             cells[3:] = spanish(row["tokens_per_second"]), f"{spanish(row['seconds'])} s"
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    if results and (few := too_few(results[-1])):
+        lines.append(f"\nTodo{few}.")
     return "\n".join(lines)
 
 
-def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int], path) -> None:
-    """Training loss by step, smoothed, with the held-out loss before, between and after."""
+def plot_losses(
+    history: list[dict], results: list[dict], steps: tuple[int, int], path, control: dict | None = None
+) -> None:
+    """Training loss by step, smoothed, with the held-out loss before, between and after, and that of a control."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -79,13 +97,24 @@ def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int]
         if losses:
             window, start = max(1, len(losses) // 8), places[-1]
             smooth = np.convolve(losses, np.ones(window) / window, "valid")
-            axes.plot(np.arange(len(smooth)) + start + window, smooth, label=f"entrenamiento, fase {phase} ({what})")
+            label = f"texto con que se entrena, fase {phase} ({what})"
+            axes.plot(np.arange(len(smooth)) + start + window, smooth, label=label)
             places.append(start + steps[phase - 1])
     held_out = [row["loss"] for row in results]
-    axes.plot(places, held_out, "o--", color="black", label="texto apartado")
+    axes.plot(places, held_out, "o--", color="black", label="texto apartado, con memoria")
     for place, loss in zip(places, held_out):
         axes.annotate(spanish(loss, 3), (place, loss), textcoords="offset points", xytext=(0, 8), ha="center")
-    axes.set(xlabel="paso", ylabel="pérdida (nats por token)", title="Phi con memoria Engram")
+    if control:
+        axes.plot(places[-1:], [control["loss"]], "s", color="tab:red", label="texto apartado, control sin memoria")
+        shift = 0, -14 if control["loss"] < held_out[-1] else 8
+        axes.annotate(
+            spanish(control["loss"], 3), (places[-1], control["loss"]), textcoords="offset points", xytext=shift,
+            ha="center", color="tab:red",
+        )  # fmt: skip
+    axes.set(xlabel="paso", ylabel="pérdida (nats por token)")
+    title = "Phi con memoria Engram\nLas curvas y los puntos son de textos distintos: no se comparan entre sí"
+    axes.set_title(title, size=10)
+    axes.yaxis.set_major_formatter(lambda value, place: spanish(value, 1))
     axes.margins(x=0.06, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -93,16 +122,8 @@ def plot_losses(history: list[dict], results: list[dict], steps: tuple[int, int]
     plt.close(figure)
 
 
-CARD = """---
-language: [es, en]
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-tags: [engram, phi, code, custom_code]
-{base}---
-
-# {name}
-
+CARD = """{front}# {name}
+{toy}
 Phi con la memoria condicional **Engram** de DeepSeek: tablas de n-gramas que se consultan en tiempo constante por token
 y que el propio contexto deja pasar o no. Capas con memoria: {layers}. Parámetros: {backbone} de Phi y {memory} de
 Engram.
@@ -126,40 +147,69 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 ## Receta
 
-Fase 1, {steps[0]} pasos: Phi congelado; tasas {memory_rates[0]:g} (proyecciones de Engram) y {table_rates[0]:g}
-(tablas). Fase 2, {steps[1]} pasos: todo el modelo; tasas {backbone_rate:g} (Phi), {memory_rates[1]:g} y
-{table_rates[1]:g}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
+Fase 1, {steps[0]}: Phi congelado; tasas {memory_rates[0]} (proyecciones de Engram) y {table_rates[0]}
+(tablas). Fase 2, {steps[1]}: todo el modelo; tasas {backbone_rate} (Phi), {memory_rates[1]} y
+{table_rates[1]}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
 {batch} × {accumulate} × {processes} bloques de {length} tokens por paso (lote, acumulados, procesos); decaimiento
-{weight_decay:g} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
+{weight_decay} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
 
 ## Resultados en el texto apartado
 
 {table}
 
-{content}
+{control}{content}
 
 ![Curvas de pérdida](perdidas.png)
 """
 
 
+def against_control(control: dict, result: dict) -> str:
+    """What a memory was worth against the same Phi that went on without it."""
+    gain = control["loss"] - result["loss"]
+    if abs(gain) < 0.002:
+        verdict = f"empata con él: la diferencia, {spanish(abs(gain), 4)} nats por token, no es nada"
+    else:
+        verdict = f"{'le gana' if gain > 0 else 'pierde con él'} por {spanish(abs(gain), 3)} nats por token"
+    return (
+        f"El control es el mismo Phi de partida, entrenado sin memoria los mismos pasos y con los mismos textos. La "
+        f"memoria {verdict} (una sola ejecución)."
+    )
+
+
 def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
     """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
     recipe, config, name = outcome["recipe"], model.config, Path(output).name
-    memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)
+    backbone, memory = values_of(model)
+    words = asdict(recipe) | dict(steps=[counted(steps, "paso") for steps in recipe.steps])
+    words |= {key: tuple(map(short, words[key])) for key in ("memory_rates", "table_rates")}
+    words |= {key: short(words[key]) for key in ("backbone_rate", "weight_decay")}
+    control = outcome["control"]  # the held-out result of a twin without memory, or None
     card = CARD.format(
-        base=f"base_model: {PHI_1}\n" if config.tokenizer_name_or_path == PHI_1 else "", name=name,
+        front=front("[engram, phi, code, custom_code]", original(model)), name=name,
         repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
-        backbone=spanish(model.num_parameters() - memory), corpus=outcome["corpus"].describe(),
-        table=result_table(outcome["results"]), content=memory_line(outcome["memory"]).strip(), **asdict(recipe),
+        backbone=spanish(backbone), corpus=outcome["corpus"].describe(), toy=toy_warning(model),
+        table=result_table([*outcome["results"], *([control] if control else [])]),
+        control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
+        content=memory_line(outcome["memory"]).strip(), **words,
     )  # fmt: skip
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write(folder, card)
         rows = [*outcome["history"], *outcome["results"], dict(memory=outcome["memory"])]
+        rows += [dict(control=control)] if control else []
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / LOG).write_text("".join(lines), encoding="utf-8")
-        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png")
+        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png", control)
+
+
+def phi_was_trained(name) -> bool:
+    """Whether the model in a folder, or on the Hub, says that phase 2 changed its Phi."""
+    log = cached_file(
+        name, LOG, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    return bool(log) and '"phase": 2' in Path(log).read_text(encoding="utf-8")
 
 
 def hub_token() -> str:

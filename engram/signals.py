@@ -1,5 +1,8 @@
 """Being asked to stop while something long is at work: Ctrl-C, kill, a closed terminal, a notebook's stop button."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import os
 import signal
 import stat

@@ -1,5 +1,8 @@
 """What a training does over and over: recipes, steps, and the loss on text held out."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import json
 import math
 import time
@@ -63,9 +66,18 @@ def phi_1_recipe(factor: float, then: dict | None = None) -> Recipe:
     return scaled(PHI_1_RECIPE, factor)
 
 
+def steps_of_phases(asked_1: int | None, asked_2: int | None, tokens: int, tokens_per_step: int) -> tuple[int, int]:
+    """What was asked, or one pass over `tokens` in phase 2 and a tenth of one in phase 1, where longer ones lost in our
+    study (DOCUMENTACION_TECNICA.md, 6.4.1). A whole pass in phase 1 when it is the only one."""
+    one_pass = max(1, tokens // tokens_per_step)
+    first = one_pass if asked_2 == 0 else -(-one_pass // 10)
+    return first if asked_1 is None else asked_1, one_pass if asked_2 is None else asked_2
+
+
 @torch.no_grad()
 def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 256) -> dict:
-    """Loss (nats per token), perplexity and bits per byte on the held-out part, at blocks spread evenly over it."""
+    """Loss (nats per token), perplexity and bits per byte of the held-out part, and on how many tokens: blocks spread
+    evenly over it."""
     was_training = model.training
     model.eval()
     n_blocks = len(corpus.held_out) // recipe.length
@@ -80,8 +92,9 @@ def evaluate(model, corpus: Corpus, recipe: Recipe, device, max_blocks: int = 25
     model.train(was_training)
     loss = total / count
     return dict(
-        loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / corpus.bytes_per_token
-    )
+        loss=loss, tokens=count * recipe.length, perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=loss / math.log(2) / corpus.bytes_per_token,
+    )  # fmt: skip
 
 
 def run_steps(

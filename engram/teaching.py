@@ -3,12 +3,15 @@
 A file has one fact a line: .jsonl with "prompt" and "target", or .csv or .tsv with that header, in UTF-8.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import csv
 import json
 import time
 from pathlib import Path
 
-from engram.console import Progress, UserError, spanish
+from engram.console import Progress, UserError, counted, spanish
 from engram.facts import (
     FactError,
     Lesson,
@@ -163,7 +166,7 @@ def teach_file(model, tokenizer, path, say) -> int:
             numbers = ", ".join(str(lessons[one.prompt][0]) for one in group)
             say(f"❌ Línea {numbers}: {error}")
     seconds = spanish(time.perf_counter() - started, 1)
-    say(f"✅ Escritos {written} recuerdos en {seconds} s; ya se sabían {known}; no se han tomado {bad}.")
+    say(f"✅ Escritos: {counted(written, 'recuerdo')}, en {seconds} s; ya se sabían: {known}; no se han tomado: {bad}.")
     for fact in unsure:
         say(f"⚠️  Línea {lessons[fact.prompt][0]}: {described(fact)}.")
     return bad

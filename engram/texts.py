@@ -1,5 +1,8 @@
 """Files and datasets -> their texts, in pieces: what kind of file each is, in which encoding, and what is no text."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import codecs
 import errno
 import io

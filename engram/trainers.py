@@ -6,6 +6,9 @@ Left to themselves they give the whole table to AdamW: a step costs by its size,
 text has read.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 from torch import nn
 
 from engram.optimizers import EngramOptimizer

@@ -1,5 +1,8 @@
 """Training in two phases, from a recipe and a corpus to a folder that is ready to share."""
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import errno
 import hashlib
 import re
@@ -277,7 +280,7 @@ class Training:
 
 def train_model(
     model, tokenizer, corpus: Corpus, recipe: Recipe, output, *, resume=False, save_every=200, save_minutes=10.0,
-    keep=1, copy=None, tracker: str | None = None, repo: str | None = None,
+    keep=1, copy=None, tracker: str | None = None, repo: str | None = None, control: dict | None = None,
 ) -> dict:  # fmt: skip
     """Run phase 1 (memory alone) and phase 2 (everything) and leave `output` ready to share.
 
@@ -289,10 +292,11 @@ def train_model(
         copy: a folder that outlives this machine; it gets each checkpoint in the background, and at the end the result.
         tracker: one of TRACKERS, which gets losses, rates, speed and held-out results.
         repo: user/name under which the card says that the model is found.
+        control: held-out result of a twin that was trained without memory, which card and picture then show.
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
         "history": [{"phase", "step", "loss", "memory": {layer: [‖Y‖/‖h‖, mean gate]}}, ...], "memory": {"on", "off",
-        "shuffled"}, held-out losses at the end}; results are measured before phase 1 and after each phase.
+        "shuffled"}, held-out losses at the end, "control"}; results are measured before phase 1 and after each phase.
     Raises:
         UserError: nothing to resume, a checkpoint of another corpus, recipe or shape, or one in the way.
         KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
@@ -320,8 +324,9 @@ def train_model(
     if recipe.shard_model:
         gather(model, accelerator.is_main_process)
     outcome = dict(
-        results=state["results"], history=state["history"], memory=state["memory"], recipe=recipe, corpus=corpus
-    )
+        results=state["results"], history=state["history"], memory=state["memory"], recipe=recipe, corpus=corpus,
+        control=control,
+    )  # fmt: skip
     for open_tracker in accelerator.trackers:
         open_tracker.finish()
     if accelerator.is_main_process:

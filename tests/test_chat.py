@@ -23,7 +23,11 @@ import chat_phi_engram as chat_script
 from chat_phi_engram import Chat, run_chat
 from engram.checks import tokenizer_on_the_spot
 from engram.console import run_script
+from engram.conversation import suited
+from engram.drawing import bars, shaded, side_by_side
 from engram.graft import CHAT_TEMPLATE
+from engram.opening import is_toy
+from engram.orders import advice, meant, order
 from phi1_engram import CACHE
 
 SCRIPT = Path(chat_script.__file__)
@@ -85,7 +89,7 @@ def piped(monkeypatch, capsys, model, tokenizer):
 
     def piped(lines, **settings):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, **settings})
+        run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, "code": False, **settings})
         output = capsys.readouterr()
         return output.out, output.err
 
@@ -245,8 +249,8 @@ def test_commands(monkeypatch, piped):
         return "x"
 
     monkeypatch.setattr(Chat, "answer", answer)
-    _, err = piped("a\n b \nCódigo\ndef f():\n    x = 1\n\nlimpiar\n  y\ncharla\n\n charla\nc")
-    code = [(True, "def f():\n    x = 1", 4), (True, "  y\ncharla", 0)]
+    _, err = piped("a\n b \nCódigo\ndef f():\n\n    x = 1\n\n---\nlimpiar\n  y\ncharla\n---\n charla\nc")
+    code = [(True, "def f():\n\n    x = 1", 4), (True, "  y\ncharla", 0)]
     assert asked == [(False, "a", 0), (False, "b", 2), *code, (False, "c", 2)]
     assert "Modo código" in err and "Modo charla" in err
 
@@ -260,6 +264,35 @@ def test_orders_from_a_pipe(model, tokenizer, piped):
     assert out.startswith("\n".join(expected)) and "    1 " in out[len("\n".join(expected)) :]
     assert "\x1b" not in out + err and "Memoria apagada" in err and "Memoria encendida" in err
     assert model.model.use_memory  # left as it was
+
+
+def test_a_piped_block_of_code_is_one_question(piped, says):
+    """Blank lines are a part of it, and the help says what ends it."""
+    says(" a", " b")
+    out, err = piped("ayuda\ndef f():\n    x = 1\n\n\n    y = 2\n---\n\ndef g():\n\n    return", code=True)
+    assert out == " a\n b\n" and "una línea que solo tenga «---»" in err
+
+
+@pytest.mark.parametrize(
+    "text, wish",
+    [
+        ("memria ver", "memoria ver"), ("Memorai sí", "memoria sí"), ("salr", "salir"), ("limipar", "limpiar"),
+        ("temperatur 0,5", "temperatura 0,5"), ("siguient import numpy", "siguiente import numpy"),
+        ("comprar", "comparar"), ("aprend a => b", "aprende a => b"), ("olvid todo", "olvida todo"),
+        ("ayuda", None), ("memoria del programa", None), ("memorias del programa", None), ("salid ya", None),
+        ("compara = 3", None), ("¿comparar dos listas?", None),
+        ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_line_one_letter_away_from_an_order(text, wish):
+    assert meant(text) == wish
+
+
+def test_the_words_of_other_programs_are_understood():
+    assert [order(word)[0] for word in ("exit", "QUIT", "help", "exit()", "Salir")] == ["salir"] * 2 + [
+        "ayuda", "salir", "salir"
+    ]  # fmt: skip
+    assert order("help me with lists") == ("", "help me with lists")
 
 
 def test_code_is_completed_raw(model, tokenizer, piped, says):
@@ -291,6 +324,76 @@ def test_ids_that_mean_nothing(make_model, tokenizer):
     assert Chat(model, tokenizer, max_tokens=5).answer("hola", lambda piece: None) == ""
 
 
+def test_a_toy_is_called_one_and_completes_code(model, monkeypatch):
+    assert is_toy(model) and suited(model, None, None) == (True, 0.6)
+    assert suited(model, False, 0.1) == (False, 0.1)
+    assert "modelo de juguete" in advice(model) and "siguiente import numpy as" in advice(model)
+    monkeypatch.setattr("engram.opening.TOY", 1000)  # now it is no toy
+    assert not is_toy(model) and suited(model, None, None) == (False, 0.2) and suited(model, True, None)[0]
+    assert advice(model).startswith("Consejo: Phi-1 es un modelo base")
+    monkeypatch.setattr(model.config, "tokenizer_name_or_path", "microsoft/phi-2")
+    assert advice(model).startswith("Consejo: este Phi es")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\n#\n#\n#\n#\n#\n#\n#", "\n#\n#\n#\n#\n"),
+        (" x\n\n\n\n\n\n\n y", " x\n\n\n\n\n"),
+        ("\na\nb\na\nb\na\nb\na\nb\na\nb", "\na\nb\na\nb\na\nb\na\nb\n"),
+        ("\n#\n#\n#\n##\n#\n#\n#\nend", None),
+        ("\n    x\n  x\n x\nx\nend", None),
+    ],
+)
+def test_an_answer_that_repeats_itself_is_cut(piped, says, text, shown):
+    says(text)
+    out, err = piped("def f():", code=True, max_tokens=60)
+    assert out.rstrip("\n") == (text if shown is None else shown).rstrip("\n")
+    assert ("Repetía las mismas líneas" in err) == (shown is not None)
+
+
+def test_the_likeliest_next_tokens(model, tokenizer, piped):
+    text = "def f(x):\n    return"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = {}
+    for memory in (True, False):
+        model.model.use_memory = memory
+        chances = model(ids).logits[0, -1].softmax(-1)
+        model.model.use_memory = True
+        values, tokens = chances.topk(5)
+        expected[memory] = [(tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist())]
+    chat = Chat(model, tokenizer)
+    found = chat.likeliest(text)
+    for memory, likely in expected.items():
+        assert [token for token, _ in found[memory]] == [token for token, _ in likely]
+        # float32, the same sums with and without a cache's mask: rounding alone
+        assert [v for _, v in found[memory]] == pytest.approx([v for _, v in likely], abs=1e-5)
+    assert chat.turns == [] and chat.question is None and model.model.use_memory
+    out, err = piped("Siguiente def f(x):\\n    return\n")
+    longest = max(chance for likely in found.values() for _, chance in likely)
+    assert out == f"CON MEMORIA\n{bars(found[True], longest)}\n\nSIN MEMORIA\n{bars(found[False], longest)}\n"
+    assert "\x1b" not in out and not err.startswith("❌")
+    assert "Escribe detrás el texto" in piped("siguiente\n")[1]
+
+
+def test_equal_lines_are_drawn_once():
+    pieces = [(text, 5 + i) for i, text in enumerate(["a\n", "#\n", "#\n", "#\n", "b\n", "b"])]
+    gates, facts = {1: [0.35] * 20}, [False] * 20
+    drawn = shaded(pieces, gates, facts, 40, colour=False).split("\n")
+    texts = [line[6:].strip() for line in drawn if not line.startswith("    1 ")]
+    assert texts == ["a", "#", "(la misma línea, 2 veces más)", "b", "(la misma línea, 1 vez más)"]
+
+
+def test_bars_fit_twice_into_sixty_columns():
+    likely = [(" numpy", 0.75), ("\n", 0.5), ("a_very_long_token", 0.001), ("", 1.0)]
+    lines = bars(likely, 1.0).split("\n")
+    assert max(map(len, lines)) == 28 and lines[0].startswith("' numpy'") and "75,0 %" in lines[0]
+    assert [line.count("█") for line in lines] == [5, 4, 1, 7]
+    assert lines[1].startswith("'\\n'") and "..." in lines[2] and lines[3].startswith("(sin texto)")
+    rows = side_by_side("\n".join(lines), "\n".join(lines), 60).split("\n")
+    assert len(rows) == 4 and max(map(len, rows)) <= 60 and all(row.count("%") == 2 for row in rows)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # When it goes wrong
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,8 +418,8 @@ def test_out_of_memory_and_the_chat_lives_on(monkeypatch, model, piped, error):
     monkeypatch.setattr(model, "generate", fails_once)
     out, err = piped("uno\ndos\n")
     assert out == "\n" + expected  # the lost question is not in the conversation
-    for advice in ("Se agotó la memoria", "limpiar", "--max-tokens", "reinicia la sesión", "otros modelos"):
-        assert advice in err
+    for words in ("Se agotó la RAM, o la memoria", "limpiar", "--max-tokens", "reinicia la sesión", "otros modelos"):
+        assert words in err
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch, model, piped):
@@ -355,7 +458,8 @@ def test_finds_the_model_that_the_scripts_left(monkeypatch, tmp_path, capsys):
     [
         (["--modelo", "no-existe"], "No existe la carpeta «no-existe»"),
         (["--max-tokens", "0"], "--max-tokens 0"),
-        (["--temperatura", "-1"], "--temperatura -1.0"),
+        (["--temperatura", "-1"], "--temperatura -1:"),
+        (["--temperatura", "0,x"], "--temperatura: «0,x» no es un número"),
         (["--temperatura", "nan"], "--temperatura nan"),
         (["--pregunta", " "], "--pregunta está vacía"),
         (["--codgo"], "¿Querías decir --codigo?"),
@@ -386,11 +490,30 @@ def test_one_question(model, tokenizer, folder, tmp_path):
     done = command("--codigo", "--pregunta", "def f(x):", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, greedy(model, tokenizer, "def f(x):", 10) + "\n"), done.stderr
     assert "phi1-engram: 0,2 millones de parámetros, en la CPU, float32" in done.stderr
-    assert "modelo base que completa código" in done.stderr and "Warning" not in done.stderr
+    assert "Es un modelo de juguete: 0," in done.stderr and "Warning" not in done.stderr
+
+
+def test_a_new_line_in_two_letters_gets_a_hint(folder):
+    said = command("--modelo", str(folder), "--pregunta", "def f(x):\\n    return")
+    assert said.returncode == 0 and "$'def f(x):\\n    return'" in said.stderr
+    assert "va al modelo tal cual" not in command("--modelo", str(folder), "--pregunta", 'print("a\\n")\nx').stderr
+
+
+def test_pasted_code_with_blank_lines_is_one_question(folder):
+    for start, end in (("\x1b[200~", "\x1b[201~"), ("", "\n")):  # as terminals mark what is pasted, and without marks
+        terminal = Terminal("--modelo", str(folder), "--max-tokens", "3")
+        terminal.read_to("👤 Tú: ")
+        terminal.write(f"{start}def f():\n    x = 1\n\n    y = 2{end}\n\n")
+        time.sleep(1)
+        terminal.write("\n")
+        seen = terminal.read_to("👤 Tú: ") + terminal.ask("comparar", "SIN MEMORIA")
+        assert seen.count("🤖 Phi-Engram: ") == 1
+        terminal.read_to("👤 Tú: ")
+        assert terminal.leave() == 0
 
 
 def test_questions_from_a_pipe(model, tokenizer, folder):
-    done = command("--modelo", str(folder), input="hola\nlimpiar\nhola\n")
+    done = command("--modelo", str(folder), input="charla\nhola\nlimpiar\nhola\n")
     answer = greedy(model, tokenizer, "User: hola\nAssistant:", 10).strip()
     assert (done.returncode, done.stdout) == (0, f"{answer}\n{answer}\n"), done.stderr
 
@@ -422,7 +545,8 @@ class Terminal:
     def ask(self, line, prompt="👤 Tú: "):
         """Type a line; what is printed between its echo and the next prompt, with plain line feeds."""
         self.write(line + "\n")
-        printed = self.read_to(prompt).replace("\r\n", "\n")
+        printed = re.sub("\x1b\\[\\?2004[hl]\r?", "", self.read_to(prompt))  # marks of pasting, switched on and off
+        printed = printed.replace("\r\n", "\n")
         return printed.partition("\n")[2].removesuffix(prompt)
 
     def close(self):
@@ -443,7 +567,7 @@ def test_in_a_cell_of_a_notebook(folder, tmp_path):
     pytest.importorskip("ipykernel", reason="pip install ipykernel")
     (tmp_path / "phi1-engram").symlink_to(folder)
     kernel, client = manager.start_new_kernel(cwd=tmp_path)
-    said, lines = [], ["hola", "memoria no", "salir"]
+    said, lines = [], ["charla", "hola", "memoria no", "salir"]
 
     def answer(message):
         said.append("?" + message["content"]["prompt"])
@@ -460,7 +584,7 @@ def test_in_a_cell_of_a_notebook(folder, tmp_path):
         kernel.shutdown_kernel(now=True)
     printed = "".join(said)
     assert reply["content"]["status"] == "ok", reply["content"]
-    assert printed.count("?👤 Tú: ") == 3 and not lines
+    assert printed.count("?👤 Tú: ") == 4 and not lines
     assert re.search(r"🤖 Phi-Engram: \S+", printed)
     assert "Memoria apagada" in printed and "¡Hasta luego!" in printed
 
@@ -484,6 +608,8 @@ def test_in_a_terminal(folder):
     you, phi = "👤 Tú: ", "🤖 Phi-Engram: "
     start = terminal.read_to(you)
     assert "millones de parámetros, en la CPU, float32" in start and "Escribe «ayuda»" in start
+    assert "modelo de juguete" in start and "Modo código" in start and "temperatura 0,6" in start
+    assert "Modo charla" in terminal.ask("charla")
     terminal.write("hola\n")
     assert len(terminal.read_to(you).split(phi)[1].split()) > 3
 
@@ -544,6 +670,7 @@ def test_memory_in_a_terminal(model, tokenizer, folder):
     terminal = Terminal("--modelo", str(folder), "--max-tokens", "12", "--temperatura", "0")
     oracle, phi = Oracle(model, tokenizer, 12), "🤖 Phi-Engram: "
     terminal.read_to("👤 Tú: ")
+    terminal.ask("charla")
 
     def ask(question):
         printed = terminal.ask(question)
@@ -551,7 +678,8 @@ def test_memory_in_a_terminal(model, tokenizer, folder):
         return printed[len(phi) :].strip()
 
     assert "Aún no hay ninguna respuesta" in terminal.ask("memoria ver")
-    assert "Aún no has preguntado nada" in terminal.ask("comparar")
+    nothing = terminal.ask("comparar")
+    assert "Aún no has preguntado nada" in nothing and "Respondiendo" not in nothing
     assert ask("hola") == oracle.says("hola")
 
     # Switched off and on in mid-conversation
@@ -567,7 +695,8 @@ def test_memory_in_a_terminal(model, tokenizer, folder):
     # Its gates: the text of the answer, and the digits that the gates' own outputs give
     seen = terminal.ask("memoria ver")
     assert "\x1b[30;48;5;" in seen
-    lines = re.sub(r"\x1b\[[\d;]*m", "", seen).split("\n")[:-2]
+    assert seen.startswith("(Bajo cada token, su puerta en décimas")  # the legend comes first
+    lines = re.sub(r"\x1b\[[\d;]*m", "", seen).split("\n")[1:-1]
     assert squeezed("".join(line[6:] for line in lines[::3])) == squeezed(said)
     prompt = tokenizer(before + "User: y más\nAssistant:", return_tensors="pt").input_ids
     ids = torch.cat([prompt, greedy_ids(model, tokenizer, prompt, 12)], dim=1)
@@ -613,6 +742,7 @@ def test_memory_in_a_terminal(model, tokenizer, folder):
     }.items():
         printed = terminal.ask(line)
         assert words in printed and printed.startswith("❌") and phi not in printed
+    assert "¿Querías decir «memoria ver»?" in terminal.ask("memria ver")
     assert "Temperatura: 0,5" in terminal.ask("temperatura 0,5")
     assert "Temperatura: 0\n" in terminal.ask("TEMPERATURA 0")
     assert ask("fin") == oracle.says("fin")  # none of it is in the conversation
@@ -633,7 +763,7 @@ def test_each_piece_has_its_token(monkeypatch, model, tokenizer, says):
     ids, first = chat.given.ids, chat.given.prompt_length
     for (text, position), (_, before) in zip(pieces, [(None, first - 1), *pieces]):
         assert tokenizer.decode(ids[0, before + 1 : position + 1]).lstrip() == text.lstrip()
-    drawn = chat_script.shaded(pieces, gates, facts, 40, colour=False).split("\n")
+    drawn = shaded(pieces, gates, facts, 40, colour=False).split("\n")
     assert len({len(line) + sum(char in "你好👍" for char in line) for line in drawn}) == 1  # aligned: those are wide
     assert squeezed(drawn[0]) == squeezed(said) and len(drawn) == 3
     assert re.sub(r"[. ]", "", drawn[1][6:]) == "".join(str(int(gates[1][at] * 10)) for _, at in pieces)
@@ -644,6 +774,7 @@ def test_a_narrow_terminal_without_colour(folder):
         "--modelo", str(folder), "--semilla", "3", "--max-tokens", "120", columns=40, NO_COLOR="1", LC_ALL="C"
     )
     terminal.read_to("👤 Tú: ")
+    terminal.ask("charla")
     assert "Temperatura: 0,9" in terminal.ask("temperatura 0.9")
     terminal.write("comparar hola\n")
     terminal.read_to("Respondiendo dos veces")
@@ -652,7 +783,7 @@ def test_a_narrow_terminal_without_colour(folder):
     said = terminal.ask("¿qué?").removeprefix("🤖 Phi-Engram: ").strip()  # no command of readline's, in any locale
     seen = terminal.ask("memoria ver")
     assert not re.search(r"\x1b\[[\d;]*m", seen)
-    rows = seen.split("\n")[:-2]
+    rows = seen.split("\n")[1:-1]
     assert max(map(len, rows)) < 40
     assert squeezed("".join(row[6:] for row in rows[::3])) == squeezed(said)
     above, below = terminal.ask("comparar").split("SIN MEMORIA\n")
@@ -666,6 +797,7 @@ def test_a_terminal_without_utf8(folder):
         PYTHONIOENCODING="ascii",
     )  # fmt: skip
     printed = terminal.read_to("\nTu: ") + terminal.ask("ayuda", "\nTu: ")
+    terminal.ask("charla", "\nTu: ")
     assert 'Escribe "ayuda"' in printed and "memoria si" in printed and "?" not in printed
     answer = terminal.ask("hola", "\nTu: ")
     assert answer.startswith("Phi-Engram: ")

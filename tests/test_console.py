@@ -2,12 +2,14 @@
 
 import errno
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import engram.folders as folders
-from engram.console import Progress
+from engram.console import Progress, counted, decimal
 
 
 class Terminal(io.StringIO):
@@ -31,6 +33,23 @@ def test_a_bar_prints_lines_where_lines_stay(monkeypatch, notebook):
         lines = seen.splitlines()
         assert "\r" not in seen and len(lines) == 2  # at the beginning and at the end
         assert "2000/2000" in lines[-1] and "pérdida 2,1" in lines[-1] and "Midiendo" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--plan", "t4"]])
+def test_a_reader_that_has_had_enough_sees_no_traceback(arguments):
+    """`python train_phi_engram.py --help | head`."""
+    script = Path(folders.__file__).parents[1] / "train_phi_engram.py"
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert err == "" and process.returncode in (0, 141)
+
+
+def test_decimals_the_spanish_way():
+    assert decimal("0,5") == decimal("0.5") == 0.5
+    assert counted(1, "token") == "1 token" and counted(2000, "token") == "2.000 tokens"
 
 
 def test_a_folder_without_locks_is_held_and_it_is_said_once(tmp_path, monkeypatch, capsys):

@@ -343,3 +343,16 @@ def test_a_dataset_read_before_serves_without_network(tmp_path, tokenizer, monke
     (tmp_path / "mio").rename(tmp_path / "lejos")
     again = corpora.prepare_corpus(tokenizer, dataset="mio", length=8)
     assert again.digest == first.digest and "Sigo con lo que se leyó la última vez" in capsys.readouterr().out
+
+
+def test_max_tokens_is_kept_to_the_token(tmp_path, tokenizer):
+    """Of a group of texts that the tokenizer gets at once, too, and within a text."""
+    for i in range(40):
+        (tmp_path / f"{i:02}.py").write_text(f"name_{i} = {i}\n" * 60)
+    whole = corpora.prepare_corpus(tokenizer, tmp_path, length=16)
+    everything = len(whole.train) + len(whole.held_out)
+    for limit in (1000, 4321, everything, 10 * everything):
+        corpus = corpora.prepare_corpus(tokenizer, tmp_path, length=16, max_tokens=limit)
+        assert len(corpus.train) + len(corpus.held_out) == min(limit, everything)
+        # Bytes of the cut text are those of its tokens: a little more or less per token than of the whole
+        assert corpus.bytes_per_token == pytest.approx(whole.bytes_per_token, rel=0.2)

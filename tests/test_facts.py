@@ -259,7 +259,7 @@ def test_training_takes_facts_away_and_says_so(taught, tokenizer, tmp_path, capl
 
 def said_in(chat_lines, model, tokenizer, monkeypatch, capsys, **settings):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(chat_lines) + "\n"))
-    chat_script.run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, **settings})
+    chat_script.run_chat(model, tokenizer, **{"max_tokens": 12, "temperature": 0, "code": False, **settings})
     return capsys.readouterr()
 
 
@@ -326,7 +326,7 @@ def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script(load.main, [*map(str, words)])
     said = capsys.readouterr().out
-    assert stopped.value.code == 1 and "Escritos 2 recuerdos" in said
+    assert stopped.value.code == 1 and "Escritos: 2 recuerdos" in said
     assert all(f"❌ Línea {number}:" in said for number in (3, 4, 5, 6))
     opened = PhiEngramForCausalLM.from_pretrained(tmp_path / "s")
     assert all(completion(opened, tokenizer, *fact) == fact[1] for fact in FACTS[:2])

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_the_top_is_the_card_and_nothing_more():
     papers = {"README.md", "DOCUMENTACION_TECNICA.md", "LICENSE", "requirements.txt"}
     allowed = papers | {f"{name}.py" for name in (MODEL, *SCRIPTS)} | {"engram", "tests", "cuadernos"}
     assert {name for name in top if name[0] != "."} <= allowed
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_that_is_run_says_that_it_is_none_to_run(room):
+    done = subprocess.run([sys.executable, ROOMS[room]], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("Esta pieza no se ejecuta.") and not done.stdout
+
+
+def test_the_model_that_is_run_says_so_too():
+    done = subprocess.run([sys.executable, ROOT / f"{MODEL}.py"], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 1 and "Este archivo es el modelo y no se ejecuta." in done.stderr
 
 
 def test_arrows_go_one_way():

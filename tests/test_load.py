@@ -96,7 +96,7 @@ def test_report(grafted):
     assert "Engram, nuevo: 11 tensores" in out and "Capas con memoria: 1. Precisión: float32" in out
     assert "✅ Injerto exacto" in out and "✅ Guardado en phi1-engram/ en" in out
     assert "Ahora: python train_phi_engram.py " in out and "python chat_phi_engram.py " in out
-    assert sys.platform != "linux" or "Memoria máxima:" in out
+    assert sys.platform != "linux" or "RAM máxima:" in out
 
 
 def test_saved_folder_without_our_code(grafted, phi_folder, tmp_path):

@@ -17,7 +17,7 @@ import train_phi_engram as train_script
 from engram.console import UserError, run_script
 from engram.counting import Choice, Machine, account, shapes, traced
 from engram.optimizers import OPTIMIZERS, make_optimizer
-from engram.plan import command, named_machine, search
+from engram.plan import command, from_args, named_machine, plan, search
 from engram.processes import make_accelerator
 from engram.rows import TrainedTables
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
@@ -173,7 +173,7 @@ def test_plan_from_another_folder_without_network(tmp_path):
     words = [sys.executable, ROOT / "train_phi_engram.py", "--plan", "t4", "--memoria", "ram", "--pasos-fase2", "0"]
     result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "✅ Fase 1: cabe." in result.stdout and "Fase 2" not in result.stdout
+    assert "✅ Fase 1: cabe, si basta el disco, del que no hay dato." in result.stdout and "Fase 2" not in result.stdout
     assert "python train_phi_engram.py --lote 2 --longitud 512 --acumular 8 --memoria ram" in result.stdout
     shown = [line for line in result.stdout.splitlines() if "train_phi_engram.py" not in line]
     assert max(map(len, shown)) <= 80 and not any(tmp_path.rglob("*.safetensors"))
@@ -238,3 +238,20 @@ def test_what_cards_send_each_other_is_counted_in_the_hours(config):
     assert parts == pytest.approx(3 * weights / 2 / tokens)
     assert planning.bytes_per_token(config, choice, machine, 2) == pytest.approx(2 * weights / 2 / (4 * tokens))
     assert planning.bytes_per_token(config, choice, named_machine("t4"), 2) == 0
+
+
+def test_what_is_printed_first_is_the_verdict(tmp_path):
+    """Then the command and the hours of this training; what is not known is no ✅."""
+    (tmp_path / "uno.py").write_text("x = 1\n" * 200_000)  # 1.2 MB
+    said = plan(*from_args(train_script.parse(["--plan", "T4", "--datos", str(tmp_path)])))
+    title, first, second, command_line, hours, *detail = said.splitlines()
+    assert title.startswith("Plan para phi1-engram en t4 ") and "Fase 1: " in first and "Fase 2: " in second
+    assert "train_phi_engram.py" in command_line and hours.startswith("Este entrenamiento: alrededor de ")
+    disk = said.split("\ndisco")[1].split("hay sin dato")[1].splitlines()[0]
+    assert "✅" not in disk and disk.count("?") == 2
+    # 1.2e6 bytes / 3.2 * 19/20 = 356,250 tokens; steps are whole, of 8,192 tokens: 43 and 5 of them
+    assert "para 0,39 millones de tokens" in hours and "fase 1, " in hours and "3,2 bytes por token" in hours
+    exact = plan(*from_args(train_script.parse(["--plan", "t4", "--pasos-fase1", "10", "--pasos-fase2", "0"])))
+    assert "para 0,08 millones de tokens." in exact and "bytes por token" not in exact
+    unknown = plan(*from_args(train_script.parse(["--plan", "t4", "--dataset", "ana/codigo"])))
+    assert "depende de cuánto texto haya" in unknown

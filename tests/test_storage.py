@@ -635,7 +635,14 @@ def test_load_converts_and_takes_the_memory_alone(here, capsys):
     assert small.model.engram_tables["1"].dtype == torch.int8 and len(tokenizer) == 50295
     assert (logits(small, ids) - expected).abs().max() < 0.05 * expected.abs().max()
     assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
-    assert os.listdir("alone") == ["engram_memory.safetensors"]
+    assert sorted(os.listdir("alone")) == ["README.md", "engram_memory.safetensors"]
+    card = (here / "alone" / "README.md").read_text(encoding="utf-8")
+    assert "Phi congelado" in card and "no responde" in card and "fase 2" not in capsys.readouterr().out
+    (here / "trained" / "entrenamiento.jsonl").write_text('{"phase": 2, "step": 1, "loss": 1.0, "memory": {}}\n')
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "later") == 0
+    assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
+    assert "solo sirve con el Phi de `trained`" in (here / "later" / "README.md").read_text(encoding="utf-8")
+    os.remove("trained/entrenamiento.jsonl")
     assert run(load_script, "--modelo", "base", "--cambiar-memoria", "alone", "--salida", "again") == 0
     assert torch.equal(logits(open_model("again")[0], ids), expected)
     assert "✅ Memoria cambiada" in capsys.readouterr().out
@@ -661,7 +668,7 @@ def test_verify_and_chat_take_the_place_and_another_memory(here, capsys):
     capsys.readouterr()
     assert run(verify_script, "--modelo", "trained", "--memoria", "disco") == 0
     out = capsys.readouterr().out
-    assert "Memoria en disco: ocupa" in out and "✅ Todo funciona" in out and "❌" not in out
+    assert "Memoria en disco: ocupa" in out and "✅ Funciona lo que se ha comprobado" in out and "❌" not in out
     assert "solo se puede leer" in out
     assert run(verify_script, "--modelo", "base", "--memoria", "disco", "--cambiar-memoria", "alone") == 0
     options = ["--memoria", "disco", "--pregunta", "hola", "--max-tokens", "3", "--temperatura", "0"]
@@ -671,7 +678,7 @@ def test_verify_and_chat_take_the_place_and_another_memory(here, capsys):
         assert run(chat_script, *more, *options) == 0
         said = capsys.readouterr()
         answers.append(said.out)
-    assert answers[0] == answers[1] and "Memoria en" in said.err
+    assert answers[0] == answers[1] and "Memoria de alone, encendida; en disco: " in said.err
     assert run(chat_script, "--modelo", "trained", "--memoria", "disc") == 2
     assert run(verify_script, "--memoria", "disco") == 2
 
@@ -681,7 +688,7 @@ def test_a_file_that_goes_bad_during_a_chat_is_a_sentence(here, capsys, monkeypa
     os.truncate("trained/model-engram-1.safetensors", 5000)
     questions = iter(["hola", "salir"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
-    chat_script.run_chat(model, tokenizer, max_tokens=3)
+    chat_script.run_chat(model, tokenizer, code=False, max_tokens=3)
     assert "❌ El archivo de la memoria" in capsys.readouterr().err
     assert run(chat_script, "--modelo", "trained", "--pregunta", "hola") == 1
     assert "está a medias" in capsys.readouterr().err

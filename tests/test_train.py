@@ -222,7 +222,7 @@ def test_a_failed_save_loses_nothing_and_resuming_refuses_another_training(graft
     [((None, None), (4, 31)), ((None, 0), (31, 0)), ((None, 5), (4, 5)), ((7, None), (7, 31)), ((0, 3), (0, 3))],
 )
 def test_steps_that_nobody_asked_for_come_from_the_corpus(asked, steps):
-    assert train.steps_of_phases(*asked, 31 * RECIPE.tokens_per_step + 5, RECIPE) == steps
+    assert train.steps_of_phases(*asked, 31 * RECIPE.tokens_per_step + 5, RECIPE.tokens_per_step) == steps
 
 
 def test_script_leaves_a_folder_ready_to_share(grafted, code, tmp_path, monkeypatch, capsys):
@@ -297,7 +297,7 @@ def test_out_of_memory_names_the_cure_that_is_not_in_use(grafted, code, tmp_path
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(PhiEngramForCausalLM, "from_pretrained", full)
-    assert "No hay memoria suficiente para abrir" in (error := told(*shape, "--salida", "otra")) and "--plan" in error
+    assert "No hay RAM (o memoria de la GPU)" in (error := told(*shape, "--salida", "otra")) and "--plan" in error
 
 
 def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, monkeypatch, capsys):
@@ -425,3 +425,10 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     model, tokenizer = train.open_model(str(tmp_path / "phi1-engram-demo"))
     assert model.config.engram_layer_ids == [1, 2] and tokenizer.chat_template
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"phi1-engram-demo", "phi1-engram-demo-control"}
+    card = (tmp_path / "phi1-engram-demo" / "README.md").read_text(encoding="utf-8")
+    assert "**Es un modelo de juguete**" in card and "| el mismo Phi sin memoria, con los mismos pasos" in card
+    assert "El control es el mismo Phi de partida" in card
+    for name in ("phi1-engram-demo", "phi1-engram-demo-control"):  # neither is ever replaced
+        with pytest.raises(UserError, match=f"{name}/ ya existe"):
+            demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
+        (tmp_path / name).rename(tmp_path / f"{name}-1")

@@ -16,7 +16,7 @@ import engram.checks as checks
 import helpers
 import phi1_engram
 import verify_phi_engram as verify_script
-from engram.console import run_script
+from engram.console import run_script, spanish
 
 SCRIPT = Path(verify_script.__file__)
 
@@ -81,7 +81,7 @@ def test_command_as_a_user_types_it(tmp_path):
     *steps, last, seconds = [line for line in done.stdout.splitlines() if line]
     assert last.startswith("✅ Todo funciona: 8 comprobaciones; mayor diferencia ") and "tolerancia 0,0001" in last
     assert [line.split(".")[0] for line in steps if line[0].isdigit()] == [str(i) for i in range(1, 11)]
-    assert "❌" not in done.stdout and "51200 tokens" in done.stdout
+    assert "❌" not in done.stdout and "51.200 tokens" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,7 +101,7 @@ def test_without_the_hub(capsys, monkeypatch, without_stranger):
     monkeypatch.setattr(checks.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     code, marks, out, _ = run_main(capsys)
     assert code == 0 and all(marks.values()), out
-    assert "No se llega al Hub" in out and "2000 tokens" in out
+    assert "No se llega al Hub" in out and "2.000 tokens" in out
 
 
 def test_the_model_comes_back_as_it_was(capsys, make_model, without_stranger):
@@ -117,7 +117,7 @@ def test_the_model_comes_back_as_it_was(capsys, make_model, without_stranger):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     assert verify_script.verify(model)
-    assert "filas de la memoria están sin entrenar" in capsys.readouterr().out
+    assert "Memoria sin entrenar (" in capsys.readouterr().out
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training and flags == [p.requires_grad for p in model.parameters()]
     assert not any(table.sparse_grad for table in tables.values())
@@ -227,7 +227,8 @@ def test_broken_on_purpose(capsys, monkeypatch, model, without_stranger, breaks,
     assert code == 1
     assert {title for title, passed in marks.items() if not passed} == expected, out
     last = out.strip().splitlines()[-2]
-    assert last.startswith("❌ Algo no funciona: falla") and "mayor diferencia" in last and "tolerancia" in last
+    assert last.startswith("❌ Algo no funciona: falla") and "lo peor, paso" in last
+    assert ("tolerancia" in last) or expected <= {"Memoria", "Gradiente"} or "se ha roto" in last  # these are counted
 
 
 def test_saving_that_loses_or_changes_a_tensor(capsys, monkeypatch, model):
@@ -263,6 +264,20 @@ def test_saved_code_that_does_not_open(capsys, monkeypatch, model):
     assert found > tolerance and "broken on purpose" in capsys.readouterr().out
 
 
+def test_what_was_left_out_has_not_passed(capsys):
+    """Nor does a count of things call itself a difference."""
+    checks_ = [("Uno", lambda: (0.0, 0.0, "3 de 3 capas")), ("Dos", lambda: None), ("Tres", lambda: (1e-6, 1e-4))]
+    results = [(step, checks.run_check(step, *check)) for step, check in enumerate(checks_, 4)]
+    assert checks.conclude(results)
+    out = capsys.readouterr().out
+    assert "   ✅ 3 de 3 capas\n" in out and out.count("✅") == 3 and "⏭️  No se ha comprobado" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("✅ Funciona lo que se ha comprobado: 2 comprobaciones; sin comprobar: paso 5; mayor dif")
+    assert "paso 6." in last and "Todo funciona" not in out
+    assert not checks.conclude([(4, (1.0, 0.0, "2 de 3 capas")), (5, None), (6, (1e-6, 1e-4, "diferencia"))])
+    assert "falla 1 de 2; sin comprobar: paso 5; lo peor, paso 4: 2 de 3 capas." in capsys.readouterr().out
+
+
 def test_no_room_to_save_is_said(capsys, monkeypatch, model):
     usage = checks.shutil._ntuple_diskusage(10, 10, 0)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: usage)
@@ -274,9 +289,9 @@ def test_a_projection_of_another_tokenizer(make_model, small_tokenizer):
     size = len(small_tokenizer)
     model = make_model(tokenizer=small_tokenizer, vocab_size=size, engram_tokenizer_compression=True)
     check, ids = checks.check_projection(small_tokenizer), checks.probe(model, small_tokenizer)
-    assert check(model, ids) == (0.0, 0.0)
+    assert check(model, ids)[:2] == (0.0, 0.0)
     model.model.engram_hash.token_map[[5, 9]] += 1
-    assert check(model, ids) == (2.0, 0.0)
+    assert check(model, ids)[:2] == (2.0, 0.0) and check(model, ids)[2].startswith(f"{spanish(size - 2)} de ")
 
 
 def test_libraries_too_old(capsys, monkeypatch, without_stranger):

@@ -1,0 +1,108 @@
+"""The chat's orders: which there are, how a line is told from a question, and what is said of them."""
+
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
+import os
+import re
+
+from engram.console import spanish, unaccented
+from engram.conversation import TOY_TEMPERATURE
+from engram.opening import is_toy
+from engram.teaching import ARROW
+from phi1_engram import PHI_1
+
+ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
+ANY = 2**20
+# How many words may follow: a line with more of them is a question that happens to begin like an order.
+ORDERS = {
+    "salir": 0, "limpiar": 0, "ayuda": 0, "codigo": 0, "charla": 0, "recuerdos": 0, "memoria": 1, "temperatura": 1,
+    "olvida": 1, "comparar": ANY, "siguiente": ANY,
+}  # fmt: skip
+# What a mistyped one has to be followed by: other words make it a question.
+VALUES = {"memoria": "si|no|ver|", "temperatura": r"\d+([.,]\d+)?|", "olvida": r"\d+|todo"}
+ALIASES = {"exit": "salir", "quit": "salir", "help": "ayuda"}
+BLOCK_END = "---"  # of a block of code on a standard input that is no terminal: blank lines are a part of code
+HELP = f"""Órdenes:
+  código         completar código: escribe o pega varias líneas y termina con una línea vacía; el modelo sigue desde ahí
+  charla         volver a conversar
+  siguiente TEXTO
+                 los cinco tokens más probables después de TEXTO, con memoria y sin ella («\\n» es un salto de línea)
+  memoria no     responder sin la memoria Engram, solo con Phi; «memoria sí» la vuelve a encender
+  memoria ver    la última respuesta, y debajo cuánto abrió cada token la memoria en cada capa: de 0 (nada) a 9 (toda)
+  comparar       la última pregunta, respondida con memoria y sin ella; «comparar TEXTO» compara otra.
+                 La conversación se queda como estaba
+  aprende PRINCIPIO => RESPUESTA
+                 recordarlo sin entrenar: desde ahora completa PRINCIPIO con RESPUESTA. Justo después de una
+                 respuesta, «aprende RESPUESTA» es lo que tendría que haber dicho
+  recuerdos      lo aprendido, numerado; «olvida N» o «olvida todo» lo quita sin dejar rastro
+  temperatura X  0 elige siempre lo más probable; cuanto mayor, más variado
+  limpiar        olvidar la conversación y empezar otra
+  ayuda          ver esto
+  salir          terminar (también Ctrl-D; Ctrl-C corta la respuesta, o sale si no hay ninguna)
+La flecha arriba recupera lo que escribiste. {ESCAPE}
+Sin terminal (por tubería o desde un archivo) un bloque de código termina en una línea que solo tenga «{BLOCK_END}»; las
+vacías son parte de él."""
+CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
+
+LOOPED = (
+    "(Repetía las mismas líneas y la he cortado. Prueba otro principio, «temperatura 0,8», o «siguiente TEXTO», que no "
+    "puede dar vueltas.)"
+)
+
+
+def advice(model) -> str:
+    """What is to be expected of a model, and what to try."""
+    if is_toy(model):
+        size = sum(p.numel() for name, p in model.named_parameters() if "engram" not in name) / 1e6
+        return (
+            f"⚠️  Es un modelo de juguete: {spanish(size, 1)} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
+            "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Empieza en "
+            f"modo código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
+            "   Prueba: siguiente import numpy as      (o escribe «def __init__(self, name):» y una línea vacía)"
+        )
+    who = "Phi-1" if model.config.tokenizer_name_or_path == PHI_1 else "este Phi"
+    return (
+        f"Consejo: {who} es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
+        "«código» y dale el principio de una función para que la complete."
+    )
+
+
+def order(text: str, answered=False) -> tuple[str, str]:
+    """A line's order, without accents and capitals, and what follows it; ("", text) for a line that is none.
+
+    Args:
+        answered: whether an answer has just been given, which "aprende" may correct.
+    """
+    word, _, rest = text.strip().partition(" ")
+    word = unaccented(word).casefold()
+    word = word if rest.strip() else ALIASES.get(word.removesuffix("()"), word)
+    if word == "aprende" and (ARROW in rest or (answered and rest.strip())):
+        return word, rest
+    if len(rest.split()) > ORDERS.get(word, -1):
+        return "", text
+    return word, rest if word == "siguiente" else rest.strip()  # spaces before code are code
+
+
+def one_letter_away(a: str, b: str) -> bool:
+    """Whether one letter more, less or other, or two neighbours in the other order, make `a` of `b`."""
+    if abs(len(a) - len(b)) > 1 or a == b:
+        return False
+    start = len(os.path.commonprefix((a, b)))
+    end = len(os.path.commonprefix((a[start:][::-1], b[start:][::-1])))
+    left, right = a[start : len(a) - end], b[start : len(b) - end]
+    return max(len(left), len(right)) <= 1 or (len(left) == 2 and left == right[::-1])
+
+
+def meant(text: str) -> str | None:
+    """The order that a line which is none may have been meant to be: one letter of its first word is wrong."""
+    word, space, rest = text.strip().partition(" ")
+    if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
+        return None
+    plain = unaccented(word).casefold()
+    for name, words in (*ORDERS.items(), ("aprende", ANY if ARROW in rest else -1)):
+        takes = VALUES.get(name)
+        if one_letter_away(plain, name) and len(rest.split()) <= words:
+            if takes is None or re.fullmatch(takes, unaccented(rest).casefold().strip()):
+                return f"{name}{space}{rest}"
+    return None
