@@ -18,9 +18,10 @@ try:
     from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
     from engram.folders import whole_folder
     from engram.graft import check_output, load_phi_1_with_engram, report
-    from engram.opening import change_memory, find_model, open_model, quiet, read_config
+    from engram.memories import MEMORY_FILE, save_memory
+    from engram.opening import change_memory, find_model, n_bytes, open_model, quiet, read_config
     from engram.teaching import teach_file
-    from phi1_engram import MEMORY_FILE, PHI_1, PRECISIONS, PhiEngramConfig
+    from phi1_engram import PHI_1, PRECISIONS, PhiEngramConfig
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -83,10 +84,10 @@ def main(argv=None):
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
         bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
         if args.solo_memoria:
-            model.save_memory(folder)
+            save_memory(model, folder)
         dtype = PRECISIONS.get(args.precision_memoria)
         tables = model.model.engram_tables.values()
-        size = model.n_bytes + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
+        size = n_bytes(model) + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
         free = shutil.disk_usage(folder).free
         if free < size and not args.solo_memoria:
             raise UserError(

@@ -398,7 +398,6 @@ class EngramHash(nn.Module):
 
 
 TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
-MEMORY_FILE = "engram_memory.safetensors"
 FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
 PLACES = ("auto", "gpu", "ram", "disco")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -606,11 +605,6 @@ def index_tables(folder: Path, suffix: str, tables: dict[str, str]):
             path.unlink()
         else:
             as_any_new_file(path)
-
-
-def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
-    return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
 
 
 def _new_reader():
@@ -1228,21 +1222,6 @@ def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()
 
 
-def vocabulary_of(projection: str, token_map: torch.LongTensor, pad_id: int) -> int | None:
-    """How many tokens a vocabulary has, by the digest of its projection: the first of `token_map`, or all and more.
-
-    More are tokens added by `EngramHash.resize`, or ids without a token. None where it is another tokenizer's.
-    """
-    known, more = token_map.cpu().numpy(), 2**16
-    for tail in (np.arange(more) + known.max() + 1, np.full(more, known[pad_id])):
-        digest = hashlib.sha256()
-        for n, canonical in enumerate(np.concatenate((known, tail)), 1):
-            digest.update(canonical.tobytes())
-            if digest.hexdigest() == projection:
-                return n
-    return None
-
-
 def free_ram() -> int:
     """Bytes of RAM that this process could still take."""
     return psutil.virtual_memory().available if psutil else 2**62
@@ -1286,36 +1265,31 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
 
 
-def in_use(module: nn.Module) -> nn.Module:
-    """The module itself, or the copy of it that peft's `modules_to_save` has put in its place."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is None:
-        return module
-    active = [name for name in module.active_adapters if name in copies]
-    return copies[active[0]] if active and not module.disable_adapters else module.original_module
-
-
-def without_adapters(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+def own_state(module: nn.Module, unwrap: Callable, prefix: str = "") -> dict[str, torch.Tensor]:
     """The live `state_dict` that a module would have without what peft has put around its parts.
 
-    Where `modules_to_save` has made a copy of a part of the memory, that is the memory; of Phi it is what was there.
-    Raises:
-        ValueError: an adapter changes the memory's own matrices.
+    Args:
+        unwrap: (module, its name) -> the module that counts in its place.
     """
-    if hasattr(module, "original_module"):
-        module = in_use(module) if "engram" in prefix else module.original_module
-    elif hasattr(module, "base_layer"):
-        if "engram" in prefix:
-            raise ValueError(
-                f"Un adaptador de peft cambia la memoria ({prefix[:-1]}) y no viajaría con ella. Fúndelo antes, con "
-                "merge_and_unload(), o deja key_proj y value_proj fuera de target_modules."
-            )
-        module = module.base_layer
+    module = unwrap(module, prefix[:-1])
     parts = dict(module.named_children())
     state = {f"{prefix}{key}": value for key, value in module.state_dict().items() if key.split(".")[0] not in parts}
     for name, part in parts.items():
-        state |= without_adapters(part, f"{prefix}{name}.")
+        state |= own_state(part, unwrap, f"{prefix}{name}.")
     return state
+
+
+def differing(made_for: dict[str, str], own: dict[str, str]) -> str | None:
+    """What of a model a memory or a fact was not made for, in Spanish, by their digests."""
+    for kind, words in (
+        ("projection", "otra proyección del vocabulario (otro tokenizer)"),
+        ("hash", "otra forma de memoria (capas, tamaños o semilla)"),
+        ("backbone", "otro Phi, o este se ha entrenado después"),
+        ("layer", "otra memoria, o esta se ha entrenado después"),
+    ):
+        if made_for.get(kind) != own.get(kind):
+            return words
+    return None
 
 
 def find_file(name, file: str, hub: dict) -> str | None:
@@ -1423,19 +1397,6 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     # ---- where the memory's rows live
-
-    @property
-    def n_values(self) -> int:
-        """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.base_model.engram_tables.values()
-        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
-        return dense + sum(table.n_rows * table.d_head for table in tables)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all that `save_pretrained` would write."""
-        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.base_model.engram_tables.values())
 
     @property
     def memory_place(self) -> str:
@@ -1869,7 +1830,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             config.engram_kernel_size, config.engram_pad_id, config.engram_bias, config.hidden_size,
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
-        backbone = {name: tensor for name, tensor in without_adapters(self).items() if "engram" not in name}
+        plain = own_state(self, lambda part, _: getattr(part, "original_module", getattr(part, "base_layer", part)))
+        backbone = {name: tensor for name, tensor in plain.items() if "engram" not in name}
         for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
             if name in backbone:
                 backbone[name] = backbone[name][:n_tokens]
@@ -1878,68 +1840,6 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
             "backbone": sign_digest(backbone),
         }
-
-    def save_memory(self, folder):
-        """Save what phase 1 trains, and nothing of Phi: rows that are not zero, with their indices, and the dense
-        Engram weights, as one safetensors file in `folder`. Its size follows the rows trained, not the table."""
-        tensors = {name: tensor for name, tensor in without_adapters(self).items() if ".engram." in name}
-        for layer_id, table in self.model.engram_tables.items():
-            first, ids, rows = 0, [], []
-            for chunk in table.chunks(table.dtype):
-                trained = unpack(chunk).any(-1).nonzero()[:, 0]
-                ids.append(trained + first)
-                rows.append(chunk[trained])
-                first += len(chunk)
-            tensors |= {f"{layer_id}.row_ids": torch.cat(ids), f"{layer_id}.rows": torch.cat(rows)}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder, MEMORY_FILE)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
-            as_any_new_file(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def load_memory(self, name, **hub):
-        """Put a memory that `save_memory` wrote in the place of the present one; Phi stays as it is.
-
-        Args:
-            name: folder, or user/name on the Hub; `hub`: `token`, `revision` and the like.
-        Raises:
-            ValueError: it was trained on another Phi, with another hash or with another projection; nothing changed.
-        """
-        with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
-            made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        own, size, other = self.fingerprints(), self.config.vocab_size, "(otro tokenizer)"
-        if made_for.get("projection") != own["projection"]:
-            ids, pad_id = self.model.engram_hash, self.config.engram_pad_id
-            n_tokens = vocabulary_of(made_for.get("projection"), ids.token_map, pad_id)
-            if n_tokens is not None and n_tokens < size:  # tokens have been added since
-                own = self.fingerprints(n_tokens)
-            elif n_tokens is not None:
-                other = (
-                    f"(de {n_tokens} tokens, y este modelo tiene {size}: sin los que faltan no se puede comprobar que "
-                    "Phi sea el mismo; carga la memoria antes de quitarlos)"
-                )
-        for kind, reason in (
-            ("projection", f"con otra proyección del vocabulario {other}"),
-            ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
-            ("backbone", "sobre otro Phi, o este se ha entrenado después"),
-        ):
-            if made_for.get(kind) != own[kind]:
-                raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
-        state, place = without_adapters(self), self.memory_place
-        self.set_facts([])
-        for key, tensor in tensors.items():
-            if ".engram." in key:
-                state[key].copy_(tensor)
-        for layer_id, table in self.model.engram_tables.items():
-            rows = tensors[f"{layer_id}.rows"]
-            weight = torch.zeros(table.n_rows, rows.shape[1], dtype=rows.dtype)
-            self._replace_rows(table, weight.index_copy_(0, tensors[f"{layer_id}.row_ids"], rows), place)
 
     # ---- facts
 
@@ -2015,37 +1915,9 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         for layer, digests in said["digests"].items():
             if str(layer) not in self.model.facts:
                 raise ValueError(f"Los recuerdos de «{name}» son de la capa {layer}, y aquí no hay memoria en ella.")
-            own = self.fact_digests(int(layer))
-            for kind, words in (
-                ("projection", "otra proyección del vocabulario (otro tokenizer)"),
-                ("hash", "otra forma de memoria (capas, tamaños o semilla)"),
-                ("backbone", "otro Phi, o este se ha entrenado después"),
-                ("layer", f"otra memoria en la capa {layer}, o esta se ha entrenado después"),
-            ):
-                if own[kind] != digests.get(kind):
-                    raise ValueError(f"Los recuerdos de «{name}» no valen para este modelo: son de {words}.")
+            if reason := differing(digests, self.fact_digests(int(layer))):
+                raise ValueError(f"Los recuerdos de «{name}» (capa {layer}) no valen aquí: son de {reason}.")
         return facts
-
-    @torch.no_grad()
-    def remove_memory(self):
-        """Forget everything: an untrained memory and no facts, that is plain Phi to the last bit."""
-        without_adapters(self)  # or an error
-        self.set_facts([])
-        for layer_id, table in self.model.engram_tables.items():
-            engram = in_use(self.model.layers[int(layer_id)].engram)
-            for module in engram.modules():
-                for parameter in module.parameters(recurse=False):
-                    parameter.fill_(1 if isinstance(module, EngramRMSNorm) else 0)
-            for place, projection in enumerate((engram.key_proj, engram.value_proj)):
-                projection.weight.copy_(engram.fresh_projection(place))
-            self._replace_rows(table, untouched_zeros(table.n_rows, table.d_head, self.dtype), self.memory_place)
-
-    def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
-        """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
-        table = in_use(table)
-        device = table.weight.device if table.weight is not None else "cpu"
-        table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
-        table.settle("ram" if place == "disco" else place)
 
     @takes_old_cache_name
     def forward(

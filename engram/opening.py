@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
-from phi1_engram import MEMORY_FILE, PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
+from engram.memories import MEMORY_FILE, load_memory
+from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -229,7 +230,7 @@ def change_memory(model, name):
     facts = len(model.facts)
     with explained(name):
         try:
-            model.load_memory(name, **where_from(name))
+            load_memory(model, name, **where_from(name))
         except ValueError as error:
             raise UserError(str(error)) from error
     if facts:
@@ -250,3 +251,16 @@ def add_memory_options(parser):
 def about_memory(model) -> str:
     """Where the memory is and why, as one Spanish line."""
     return f"Memoria en {model.memory_place}: {model.memory_reason}."
+
+
+def n_values(model) -> int:
+    """Parameters, wherever they live; the rows' scales are not counted."""
+    tables = model.model.engram_tables.values()
+    dense = sum(p.numel() for name, p in model.named_parameters() if "engram_tables" not in name)
+    return dense + sum(table.n_rows * table.d_head for table in tables)
+
+
+def n_bytes(model) -> int:
+    """Of all that `save_pretrained` would write."""
+    dense = sum(tensor.nbytes for name, tensor in model.state_dict().items() if "engram_tables" not in name)
+    return dense + sum(table.size(table.dtype) for table in model.model.engram_tables.values())
