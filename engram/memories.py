@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from engram.rows import untouched_zeros
-from phi1_engram import EngramTable, as_any_new_file, differing, own_state, unpack
+from phi1_engram import EngramTable, as_any_new_file, differing, unpack
 
 MEMORY_FILE = "engram_memory.safetensors"
 
@@ -44,11 +44,21 @@ def in_use(module: nn.Module, name: str = "") -> nn.Module:
     return copies[active[0]] if active and not module.disable_adapters else module.original_module
 
 
+def own_state(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """The live `state_dict` that a part of the memory would have without what peft has put around its parts."""
+    module = in_use(module, prefix[:-1])
+    parts = dict(module.named_children())
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items() if key.split(".")[0] not in parts}
+    for name, part in parts.items():
+        state |= own_state(part, f"{prefix}{name}.")
+    return state
+
+
 def dense_weights(model) -> dict[str, torch.Tensor]:
     """The memory's live tensors besides its rows, by their names in a checkpoint."""
     state = {}
     for layer_id in model.config.engram_layer_ids:
-        state |= own_state(model.model.layers[layer_id].engram, in_use, f"model.layers.{layer_id}.engram.")
+        state |= own_state(model.model.layers[layer_id].engram, f"model.layers.{layer_id}.engram.")
     return state
 
 
@@ -56,7 +66,7 @@ def replace_rows(table: EngramTable, weight: torch.Tensor, place: str):
     """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
     table = in_use(table)
     device = table.weight.device if table.weight is not None else "cpu"
-    table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
+    table.own(weight.to(device))
     table.settle("ram" if place == "disco" else place)
 
 

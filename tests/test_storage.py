@@ -399,7 +399,7 @@ def test_rows_whose_dense_weights_are_missing_are_not_read(make_model, tmp_path)
     """Beside new projections they would mean nothing: that layer's memory is an untrained one, and it is said."""
     model = make_model(attn="sdpa")
     model.save_pretrained(tmp_path)
-    path, lost = tmp_path / "model.safetensors", "model.layers.2.engram.value_proj.weight"
+    path, lost = tmp_path / helpers.DENSE_FILE, "model.layers.2.engram.value_proj.weight"
     tensors = load_file(path)
     del tensors[lost]
     save_file(tensors, path, {"format": "pt"})
