@@ -35,7 +35,7 @@ try:
     from engram.conversation import TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
     from engram.facts import described
-    from engram.opening import about_memory, add_memory_options, open_model
+    from engram.opening import about_memory, add_memory_options, n_values, open_model
     from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, LOOPED, advice, meant, order
     from engram.teaching import ARROW
     from phi1_engram import EngramFileError
@@ -298,7 +298,7 @@ def open_for_chat(name, note, storage="auto", memory=None):
     # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
     dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
     model, tokenizer = open_model(name, dtype, device, storage, memory)
-    millions = spanish(model.n_values / 1e6, 1)
+    millions = spanish(n_values(model) / 1e6, 1)
     where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
     precision = str(model.dtype).removeprefix("torch.")
     note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.")

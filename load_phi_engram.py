@@ -19,9 +19,10 @@ try:
     from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
     from engram.folders import whole_folder
     from engram.graft import check_output, load_phi_1_with_engram, report
-    from engram.opening import change_memory, find_model, open_model, quiet, read_config
+    from engram.memories import MEMORY_FILE, save_memory
+    from engram.opening import change_memory, find_model, n_bytes, open_model, quiet, read_config
     from engram.teaching import teach_file
-    from phi1_engram import MEMORY_FILE, PHI_1, PRECISIONS, PhiEngramConfig
+    from phi1_engram import PHI_1, PRECISIONS, PhiEngramConfig
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -88,7 +89,7 @@ def main(argv=None):
         if args.solo_memoria:
             from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
 
-            model.save_memory(folder)
+            save_memory(model, folder)
             alone = not phi_was_trained(name)
             write_memory_card(model, folder, title, origin, alone)
             if not alone:
@@ -98,7 +99,7 @@ def main(argv=None):
                 )
         dtype = PRECISIONS.get(args.precision_memoria)
         tables = model.model.engram_tables.values()
-        size = model.n_bytes + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
+        size = n_bytes(model) + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
         free = shutil.disk_usage(folder).free
         if free < size and not args.solo_memoria:
             raise UserError(

@@ -52,8 +52,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.output_capturing import capture_outputs
 
 try:
     import psutil  # accelerate brings it
@@ -63,8 +64,10 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 PHI_1 = "microsoft/phi-1"
-# What transformers calls the cache in calls and outputs: a new name since 5.24. Both are understood here.
+# What transformers calls the cache in calls and outputs: a new name since 5.24. Both are understood here, the old one
+# with the warning that its own models give.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if CACHE == "cache" else lambda f: f
 END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config names no stop token
 
 
@@ -75,12 +78,14 @@ END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config 
 
 def check_rope(parameters: dict):
     """Raise ValueError for rotary positions other than Phi-1's."""
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type != "default":
-        raise ValueError(
-            f"rope_type={rope_type!r} no está admitido: Phi-1 usa posiciones rotatorias sin escalar "
-            "('default'). Quita rope_scaling de la configuración."
-        )
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"rope_type={kind!r} no está admitido: Phi-1 usa 'default', sin escalar. Quita rope_scaling.")
+
+
+def is_whole(value, low: int) -> bool:
+    """Whether a value is a whole number from `low` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 class PhiEngramConfig(PhiConfig):
@@ -102,8 +107,7 @@ class PhiEngramConfig(PhiConfig):
         tokenizer_name_or_path: the tokenizer from which the projection is built, once.
         hc_mult: hyper-connection streams. Phi has a single residual stream, so 1 is the only value.
 
-    Raises:
-        ValueError: a value is out of range; the message (Spanish) names it and what is allowed.
+    Raises ValueError: a value is out of range; the message (Spanish) names it and what is allowed.
     """
 
     model_type = "phi_engram"
@@ -133,43 +137,31 @@ class PhiEngramConfig(PhiConfig):
             "max_ngram_size", "n_embed_per_ngram", "n_head_per_ngram", "engram_kernel_size",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_whole(value, 1):
                 raise ValueError(f"{name}={value!r} no es válido: tiene que ser un número entero mayor que cero.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} no es divisible entre num_attention_heads={self.num_attention_heads}."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} no es divisible entre "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
+        for name, parts in (
+            ("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
+            ("n_embed_per_ngram", "n_head_per_ngram"),
+        ):  # fmt: skip
+            value, n = getattr(self, name), getattr(self, parts)
+            if value % n:
+                raise ValueError(f"{name}={value} no es divisible entre {parts}={n}: todas las partes son iguales.")
         check_rope(self.rope_parameters)
         if self.hc_mult != 1:
-            raise ValueError(
-                f"hc_mult={self.hc_mult!r} no es posible: Phi tiene una sola corriente residual y el único valor es 1. "
-                "Las hiperconexiones de varias corrientes exigirían otro modelo base."
-            )
+            raise ValueError(f"hc_mult={self.hc_mult!r} no es posible: Phi tiene una sola corriente residual. Usa 1.")
         if self.max_ngram_size < 2:
             raise ValueError(f"max_ngram_size={self.max_ngram_size} no es válido: la memoria empieza en pares (2).")
-        if self.n_embed_per_ngram % self.n_head_per_ngram:
-            raise ValueError(
-                f"n_embed_per_ngram={self.n_embed_per_ngram} no es divisible entre "
-                f"n_head_per_ngram={self.n_head_per_ngram}: cada cabeza guarda el mismo número de valores."
-            )
-        if not isinstance(self.engram_seed, int) or self.engram_seed < 0:
+        if not is_whole(self.engram_seed, 0):
             raise ValueError(f"engram_seed={self.engram_seed!r} no es válida: es un número entero, 0 o mayor.")
         orders = self.max_ngram_size - 1
         if self.engram_vocab_size is None:
             self.engram_vocab_size = [256000] * orders
         sizes = self.engram_vocab_size
-        if not isinstance(sizes, (list, tuple)) or len(sizes) != orders:
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != orders or not all(is_whole(size, 2) for size in sizes):
             raise ValueError(
                 f"engram_vocab_size={sizes!r} no es válido: con max_ngram_size={self.max_ngram_size} hace falta una "
-                f"lista de {orders} tamaño(s), uno por orden de 2 a {self.max_ngram_size}."
+                f"lista de {orders} tamaño(s), uno por orden, y cada uno es un entero de 2 en adelante."
             )
-        if any(not isinstance(size, int) or isinstance(size, bool) or size < 2 for size in sizes):
-            raise ValueError(f"engram_vocab_size={sizes!r} no es válido: cada tamaño es un entero de 2 en adelante.")
         self.engram_vocab_size = list(sizes)
         self._check_layers()
         if self.eos_token_id is None and self.vocab_size > END_OF_TEXT:
@@ -178,10 +170,8 @@ class PhiEngramConfig(PhiConfig):
             eos = self.eos_token_id[0] if isinstance(self.eos_token_id, (list, tuple)) else self.eos_token_id
             self.engram_pad_id = END_OF_TEXT if self.vocab_size > END_OF_TEXT else (eos or 0)
         pad = self.engram_pad_id
-        if not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size:
-            raise ValueError(
-                f"engram_pad_id={pad!r} no es válido: tiene que ser un token de 0 a vocab_size-1={self.vocab_size - 1}."
-            )
+        if not is_whole(pad, 0) or pad >= self.vocab_size:
+            raise ValueError(f"engram_pad_id={pad!r} no es válido: va de 0 a vocab_size-1={self.vocab_size - 1}.")
         # Each Engram layer keeps two states in transformers' own cache: conv inputs (0) and token ids (1).
         self.layer_types = [
             "hybrid" if i in self.engram_layer_ids else "full_attention" for i in range(self.num_hidden_layers)
@@ -190,16 +180,14 @@ class PhiEngramConfig(PhiConfig):
 
     def _check_layers(self):
         layers, depth = self.engram_layer_ids, self.num_hidden_layers
-        example = min(1, depth - 1)
-        allowed = f"Las capas de este modelo van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{example}]."
-        if layers is None:
-            layers = [i for i in (1, 15) if i < depth]
-            if not layers:
-                raise ValueError(f"Un modelo de {depth} capa no tiene la capa 1, la primera por defecto. {allowed}")
+        allowed = f"Las capas van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{min(1, depth - 1)}]."
+        if layers is None and depth == 1:
+            raise ValueError(f"Un modelo de 1 capa no tiene la capa 1, la primera por defecto. {allowed}")
+        layers = [i for i in (1, 15) if i < depth] if layers is None else layers
         if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(f"engram_layer_ids={layers!r} no es válido: hace falta al menos una capa. {allowed}")
         for i in layers:
-            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < depth:
+            if not is_whole(i, 0) or i >= depth:
                 raise ValueError(f"engram_layer_ids={list(layers)!r}: la capa {i!r} no existe. {allowed}")
         if len(set(layers)) != len(layers):
             raise ValueError(f"engram_layer_ids={list(layers)!r} repite capas: escribe cada una una sola vez.")
@@ -231,13 +219,8 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
     exactly one space stays one). A token that is no whole character keeps its raw string, and one whose text
     normalises to nothing keeps its text. New ids are given in order of first appearance.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        vocab_size: rows of the model's embedding; ids without a token map where `pad_id` maps.
-    Returns:
-        int64 [vocab_size].
-    Raises:
-        ValueError: the tokenizer has more tokens than `vocab_size`, or no token `pad_id`.
+    Returns int64 [vocab_size], the rows of the model's embedding; ids without a token map where `pad_id` maps.
+    Raises ValueError: the tokenizer has more tokens than `vocab_size`, or no token `pad_id`.
     """
     from tokenizers import Regex, normalizers
 
@@ -247,10 +230,7 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
             "de este modelo. Indica el suyo con tokenizer_name_or_path o pásalo como tokenizer=…"
         )
     if pad_id >= len(tokenizer):
-        raise ValueError(
-            f"engram_pad_id={pad_id} no es un token del tokenizer, que va de 0 a {len(tokenizer) - 1}. "
-            "Elige uno que exista, por ejemplo el de fin de texto."
-        )
+        raise ValueError(f"engram_pad_id={pad_id} no es un token del tokenizer, que va de 0 a {len(tokenizer) - 1}.")
     one_space = "\ue000"  # private-use character: survives Strip, which would delete a lone space
     normalizer = normalizers.Sequence(
         [
@@ -267,10 +247,8 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
     canonical, projection = {}, []
     for token_id in range(len(tokenizer)):
         text = tokenizer.decode([token_id], skip_special_tokens=False)
-        if "\ufffd" in text:
-            key = tokenizer.convert_ids_to_tokens(token_id)
-        else:
-            key = normalizer.normalize_str(text) or text
+        raw = "\ufffd" in text  # a part of a character
+        key = tokenizer.convert_ids_to_tokens(token_id) if raw else normalizer.normalize_str(text) or text
         projection.append(canonical.setdefault(key, len(canonical)))
     projection += [projection[pad_id]] * (vocab_size - len(projection))
     return torch.tensor(projection, dtype=torch.long)
@@ -281,10 +259,9 @@ def _open_tokenizer(name: str):
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError and others for "not to be had"
         raise OSError(
-            f"La memoria se construye con el tokenizer '{name}' y no se pudo abrir "
-            f"({type(error).__name__}). Salidas: pasa uno ya abierto, PhiEngramForCausalLM(config, tokenizer=…); "
-            "o la carpeta de uno, PhiEngramConfig(tokenizer_name_or_path='carpeta'); o prescinde de él con "
-            "PhiEngramConfig(engram_tokenizer_compression=False)."
+            f"La memoria se construye con el tokenizer '{name}' y no se pudo abrir ({type(error).__name__}). Pasa uno "
+            "abierto, PhiEngramForCausalLM(config, tokenizer=…), o la carpeta de uno, tokenizer_name_or_path='…'; "
+            "o prescinde de él: PhiEngramConfig(engram_tokenizer_compression=False)."
         ) from error
 
 
@@ -314,13 +291,9 @@ def head_primes(config: PhiEngramConfig) -> list[list[list[int]]]:
 
 def hash_multipliers(config: PhiEngramConfig, canonical_size: int) -> torch.LongTensor:
     """Odd multipliers m_k of eq. 1, int64 [L, N], small enough that id * m_k stays within int64 (demo)."""
+    draws = [np.random.default_rng(config.engram_seed + 10007 * layer_id) for layer_id in config.engram_layer_ids]
     bound = max(1, (np.iinfo(np.int64).max // canonical_size) // 2)
-    rows = [
-        np.random.default_rng(config.engram_seed + 10007 * layer_id).integers(
-            0, bound, size=config.max_ngram_size, dtype=np.int64
-        )
-        for layer_id in config.engram_layer_ids
-    ]
+    rows = [draw.integers(0, bound, size=config.max_ngram_size, dtype=np.int64) for draw in draws]
     return torch.from_numpy(np.stack(rows) * 2 + 1)
 
 
@@ -369,20 +342,23 @@ class EngramHash(nn.Module):
         new = torch.arange(n_tokens - len(known), device=known.device) + self.token_map.max() + 1
         self.token_map = torch.cat((known, new))
 
-    def forward(self, history: torch.LongTensor, reach: torch.LongTensor | None = None) -> torch.LongTensor:
-        """Hash the last N tokens at each position.
+    def windows(self, history: torch.LongTensor, length: int, reach: torch.LongTensor | None = None):
+        """The last `length` canonical tokens at each position, int64 [B, T, length], -1 for "before the start".
 
-        Args:
-            history: int64 [B, N-1+T]; token id + 1, and 0 for "before the start".
-            reach: see `text_reach`; tokens farther back count as "before the start".
-        Returns:
-            int64 [L, B, T, H]: each head's index within its own table, order 2 first, heads in order.
+        `history`: int64 [B, length-1+T], token id + 1, or 0. What is beyond `reach` (see `text_reach`) becomes -1 too.
         """
-        ids = torch.where(history == 0, self.config.engram_pad_id, history - 1)
-        windows = self.token_map[ids].unfold(1, self.max_ngram_size, 1)  # [B, T, N], oldest first
-        if reach is not None:
-            back = torch.arange(self.max_ngram_size - 1, -1, -1, device=reach.device)
-            windows = windows.where(back <= reach[..., None], self.token_map[self.config.engram_pad_id])
+        canonical = self.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
+        windows = canonical.unfold(1, length, 1)  # oldest first
+        back = torch.arange(length - 1, -1, -1, device=windows.device)
+        return windows if reach is None else windows.where(back <= reach[..., None], -1)
+
+    def forward(self, windows: torch.LongTensor) -> torch.LongTensor:
+        """Hash the last N tokens of `windows` [B, T, N or more].
+
+        Returns int64 [L, B, T, H]: each head's index within its own table, order 2 first, heads in order.
+        """
+        windows = windows[..., -self.max_ngram_size :]
+        windows = windows.where(windows >= 0, self.token_map[self.config.engram_pad_id])
         products = windows * self.multipliers.flip(-1)[:, None, None, :]  # [L, B, T, N]
         mix, mixes = products[..., -1], []
         for back in range(2, self.max_ngram_size + 1):
@@ -398,8 +374,8 @@ class EngramHash(nn.Module):
 
 
 TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
-MEMORY_FILE = "engram_memory.safetensors"
 FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
+WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 PLACES = ("auto", "gpu", "ram", "disco")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -430,6 +406,19 @@ def unpack(rows: torch.Tensor) -> torch.Tensor:
     return rows[..., :-SCALE_BYTES].float() * scale
 
 
+def as_stored(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as stored, in precision `dtype`."""
+    return rows if rows.dtype == dtype else pack(unpack(rows), dtype)
+
+
+def copy_rows(chunks: Iterable[torch.Tensor], to: torch.Tensor):
+    """Rows as stored, some [n, row_width] at a time, into all of `to`, in its precision."""
+    first = 0
+    for rows in chunks:
+        to[first : first + len(rows)] = as_stored(rows, to.dtype)
+        first += len(rows)
+
+
 class EngramFileError(OSError):
     """A file of the memory cannot be used; the text says in Spanish why."""
 
@@ -442,14 +431,13 @@ class TableFile:
     Args:
         path: the file. key: its tensor. n_rows, d_head: what the table has to hold.
         mate: digest of the dense weights beside which the rows are used; compared where the file keeps one.
-    Raises:
-        EngramFileError: unreadable, truncated, of another shape, or not the rows that were saved here.
+    Raises EngramFileError: unreadable, truncated, of another shape, or not the rows that were saved here.
     """
 
     def __init__(self, path, key: str, n_rows: int, d_head: int, mate: str | None = None):
         self.arguments = (path, key, n_rows, d_head, mate)
         self.path, self.n_rows = path, n_rows
-        self.file = open(path, "rb", buffering=0)
+        self.file = open(path, "rb")
         size = os.fstat(self.file.fileno()).st_size
         try:
             length = int.from_bytes(self._at(0, 8), "little")
@@ -462,7 +450,7 @@ class TableFile:
         if shape != expected:
             raise self._bad(f"la tabla es de {shape} y debe ser de {expected}")
         self.width, self.row_bytes = shape[1], shape[1] * self.dtype.itemsize
-        self.start = 8 + length + begin
+        self.start, self.step = 8 + length + begin, max(1, CHUNK // self.row_bytes)
         if end - begin != n_rows * self.row_bytes or size < 8 + length + end:
             raise self._bad(f"está a medias: tiene {size} bytes de {8 + length + end}")
         self.mate = meta.get("engram_mate")
@@ -479,16 +467,10 @@ class TableFile:
 
     def _at(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
-        self._into(memoryview(data), offset)
-        return data
-
-    def _into(self, view: memoryview, offset: int):
         self.file.seek(offset)
-        while view:
-            count = self.file.readinto(view)
-            if not count:
-                raise self._bad("se corta antes de tiempo")
-            view = view[count:]
+        if self.file.readinto(data) != size:
+            raise self._bad("se corta antes de tiempo")
+        return data
 
     def read(self, row_ids: np.ndarray) -> torch.Tensor:
         """int64 [n] -> rows as stored [n, row_width]."""
@@ -509,17 +491,10 @@ class TableFile:
             raise self._bad("se ha cortado mientras estaba abierto")
         return torch.frombuffer(data, dtype=self.dtype).view(len(offsets), self.width)
 
-    def all(self) -> torch.Tensor:
-        """All rows as stored [n_rows, row_width], in memory."""
-        rows = torch.empty(self.n_rows, self.width, dtype=self.dtype)
-        self._into(memoryview(rows.view(-1).view(torch.uint8).numpy()), self.start)
-        return rows
-
     def chunks(self) -> Iterable[torch.Tensor]:
         """All rows as stored, some [n, row_width] at a time."""
-        step = max(1, CHUNK // self.row_bytes)
-        for first in range(0, self.n_rows, step):
-            n = min(step, self.n_rows - first)
+        for first in range(0, self.n_rows, self.step):
+            n = min(self.step, self.n_rows - first)
             data = self._at(self.start + first * self.row_bytes, n * self.row_bytes)
             yield torch.frombuffer(data, dtype=self.dtype).view(n, self.width)
 
@@ -533,8 +508,7 @@ class TableFile:
 def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dtype, n_rows, d_head: int, mate=None):
     """Write rows as stored, given some [n, row_width] at a time, as the one tensor of a safetensors file.
 
-    Whole or absent. `mate` is None where offloaded weights have no digest. The rows begin on a page of the disk, so
-    that few lie on two.
+    Whole or absent. `mate`: see `TableFile`. The rows begin on a page of the disk, so that few lie on two.
     """
     shape = [n_rows, row_width(d_head, dtype)]
     name = next(name for name, known in SAFETENSORS.items() if known == dtype)
@@ -569,48 +543,31 @@ def as_any_new_file(path: Path):
     probe.unlink()
 
 
-def index_tables(folder: Path, suffix: str, tables: dict[str, str]):
+def index_files(folder: Path, suffix: str, tables: list[Path]):
     """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
 
     A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
-    Files of an earlier save that the index does not name go.
-
-    Args:
-        suffix: of a variant, with its dot. tables: {tensor: file in `folder`}.
+    Tables of an earlier save go. `suffix`: of a variant, with its dot.
     """
-    single, index_file = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
-    only = folder / f"model{suffix}-00001-of-00001.safetensors"
-    ours = re.compile(rf"model{re.escape(suffix)}-(\d{{5}}-of-\d{{5}}|engram-\d+)\.safetensors")
-    files = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
-
-    def size(path):
-        with open(path, "rb") as file:
-            return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-
-    if any("-of-" in path.name for path in files):  # those of an earlier save went when this one was made
+    single, weight_map, size = folder / f"model{suffix}.safetensors", {}, 0
+    shards = [*folder.glob(f"model{suffix}-?????-of-?????.safetensors")]
+    if shards:  # those of an earlier save went when this one was made
         single.unlink(missing_ok=True)
-        index = json.loads(index_file.read_text(encoding="utf-8"))
     else:
-        with safe_open(single, "pt") as file:
-            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), only.name)}
-        os.replace(single, only)
-        files.append(only)
-        index["metadata"]["total_size"] = size(only)
-    index["weight_map"] |= tables
-    index["metadata"]["total_size"] += sum(size(folder / file) for file in tables.values())
-    temporary = index_file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, index_file)
-    for path in files:
-        if path.name not in index["weight_map"].values():
-            path.unlink()
-        else:
-            as_any_new_file(path)
-
-
-def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
-    return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
+        shards = [folder / f"model{suffix}-00001-of-00001.safetensors"]
+        os.replace(single, shards[0])
+    for path in (*shards, *tables):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            weight_map |= {key: path.name for key in json.loads(file.read(length)) if key != "__metadata__"}
+        size += path.stat().st_size - 8 - length
+        as_any_new_file(path)
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    temporary = folder / f"model.safetensors.index{suffix}.{os.getpid()}.tmp"
+    temporary.write_text(f"{text}\n", encoding="utf-8")
+    os.replace(temporary, folder / f"model.safetensors.index{suffix}.json")
+    for path in {*folder.glob(f"model{suffix}-engram-*.safetensors")} - {*tables}:
+        path.unlink()
 
 
 def _new_reader():
@@ -666,33 +623,31 @@ class EngramTable(nn.Module):
         """Bytes of the rows when stored in precision `dtype`."""
         return self.n_rows * row_width(self.d_head, dtype) * dtype.itemsize
 
+    def own(self, rows: torch.Tensor):
+        """Have these rows as stored, which are in no file."""
+        self.weight, self.file = nn.Parameter(rows, requires_grad=rows.is_floating_point()), None
+
     def hold(self, dtype: torch.dtype):
         """Read all rows of the file into memory, in precision `dtype`."""
-        if dtype == self.file.dtype:
-            weight = self.file.all()
-        else:
-            weight, first = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype), 0
-            for rows in self.file.chunks():
-                weight[first : first + len(rows)] = pack(unpack(rows), dtype)
-                first += len(rows)
-        self.weight = nn.Parameter(weight, requires_grad=dtype.is_floating_point)
+        rows = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype)
+        copy_rows(self.file.chunks(), rows)
+        self.weight = nn.Parameter(rows, requires_grad=dtype.is_floating_point)
         self._unchanged = self.weight._version
 
-    def settle(self, place: str):
-        """Put the rows in "gpu", "ram" or "disco".
+    def settle(self, place: str, dtype: torch.dtype | None = None):
+        """Put the rows in "gpu", "ram" or "disco"; `dtype`, if not the file's, is for those that come from it.
 
-        Raises:
-            ValueError: "disco", and no file holds these rows.
+        Raises ValueError: "disco", and no file holds these rows.
         """
         if place == "disco" and self.weight is not None:
             if self.file is None or self.weight._version != self._unchanged:
                 raise ValueError(
-                    "Estas filas no están en ningún archivo, o han cambiado desde que se leyeron. Guarda el modelo, "
-                    'model.save_pretrained("carpeta"), y ábrelo con engram_storage="disco".'
+                    "Estas filas no están en ningún archivo, o han cambiado desde que se leyeron. Guarda antes el "
+                    'modelo con save_pretrained, y ábrelo con engram_storage="disco".'
                 )
             self.weight = None
         elif place != "disco" and self.weight is None:
-            self.hold(self.file.dtype)
+            self.hold(dtype or self.file.dtype)
         self.place, self.stays = place, place == "disco" or (place == "ram" and torch.cuda.is_available())
         if self.stays and self.weight is not None:
             self.weight.data = self.weight.data.cpu()  # not pinned: rows are gathered into other memory, and that is
@@ -706,35 +661,29 @@ class EngramTable(nn.Module):
             return
         expected = [self.n_rows, row_width(self.d_head, given.dtype)]
         if list(given.shape) != expected or given.dtype not in SAFETENSORS.values():
-            kind = str(given.dtype).removeprefix("torch.")
             errors.append(
-                f"Las filas de {prefix}weight son de {list(given.shape)} en {kind} y deben ser de {expected}, en "
-                f"{', '.join(PRECISIONS)}: son de otra forma de memoria (engram_vocab_size, n_embed_per_ngram…)."
+                f"Las filas de {prefix}weight son de {list(given.shape)} en {given.dtype} y deben ser de {expected} en "
+                f"{', '.join(PRECISIONS)}: son de otra forma de memoria."
             )
         elif self.weight is None and self.read is not None:
             errors.append(f"Las filas de {prefix}weight se están entrenando: cárgalas antes de empezar o al acabar.")
         elif self.weight is None:
             file = self.file
-            step = max(1, CHUNK // (row_width(self.d_head, given.dtype) * given.dtype.itemsize))
             same = file is not None and file.dtype == given.dtype
-            if not (same and all(map(torch.equal, given.cpu().split(step), file.chunks()))):
-                self.weight, self.file = nn.Parameter(given.clone(), requires_grad=given.is_floating_point()), None
+            if not (same and all(map(torch.equal, given.cpu().split(file.step), file.chunks()))):
+                self.own(given.clone())
                 self.settle("ram")
         elif self.weight.is_meta or local_metadata.get("assign_to_params_buffers"):
-            self.weight, self.file = nn.Parameter(given, requires_grad=given.is_floating_point()), None
+            self.own(given)
         else:
-            first = 0
             with torch.no_grad():
-                for rows in given.split(max(1, CHUNK // (4 * self.d_head))):
-                    same = rows.dtype == self.weight.dtype
-                    self.weight[first : first + len(rows)] = rows if same else pack(unpack(rows), self.weight.dtype)
-                    first += len(rows)
+                copy_rows(given.split(max(1, CHUNK // (4 * self.d_head))), self.weight)
 
     def chunks(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
         """All rows as stored in precision `dtype`, some at a time, on the CPU."""
         step = max(1, CHUNK // (4 * self.d_head))
         for rows in self.file.chunks() if self.weight is None else self.weight.detach().split(step):
-            yield rows.cpu() if dtype == rows.dtype else pack(unpack(rows.cpu()), dtype)
+            yield as_stored(rows.cpu(), dtype)
 
     def announce(self, row_ids: torch.LongTensor):
         """Begin to bring the rows that the next `forward` will be asked for."""
@@ -763,10 +712,9 @@ class EngramTable(nn.Module):
         else:
             wanted, inverse = wanted.unique(return_inverse=True)
             rows = self._stored(wanted)
-        if device.type != "cuda":
-            return unpack(rows if inverse is None else rows[inverse]).to(device)
-        rows, inverse = (x if x is None else x.pin_memory().to(device, non_blocking=True) for x in (rows, inverse))
-        return unpack(rows if inverse is None else rows[inverse])
+        if device.type == "cuda":
+            rows, inverse = (x if x is None else x.pin_memory().to(device, non_blocking=True) for x in (rows, inverse))
+        return unpack(rows if inverse is None else rows[inverse]).to(device)
 
     def _stored(self, row_ids):
         return self.file.read(row_ids.numpy()) if self.weight is None else self.weight.detach()[row_ids]
@@ -799,6 +747,7 @@ class EngramTable(nn.Module):
 
 
 LONGEST_KEY = 12  # canonical tokens; the cache keeps one less
+TOLD = ("prompt", "target", "layer", "length")  # of a fact, in FACTS_FILE beside its notes
 
 
 @dataclass(frozen=True)
@@ -819,15 +768,9 @@ class Fact:
     notes: dict
     made_for: dict
 
-    def text(self) -> dict:
-        return dict(prompt=self.prompt, target=self.target, layer=self.layer, length=self.length, **self.notes)
-
 
 class EngramFacts(nn.Module):
-    """One layer's facts: a position whose last tokens are exactly a key reads that key's row. Empty, it does nothing.
-
-    No collision of hashes is possible: the whole key is compared.
-    """
+    """One layer's facts: a position whose last tokens are exactly a key, compared whole, reads that key's row."""
 
     def __init__(self):
         super().__init__()
@@ -835,14 +778,18 @@ class EngramFacts(nn.Module):
         for name in ("codes", "keys", "rows", "multipliers"):
             self.register_buffer(name, None, persistent=False)
 
-    def set(self, keys: torch.LongTensor, lengths: torch.LongTensor, rows: torch.Tensor, device=None):
-        """Put `rows` [n, ...] under `keys` [n, LONGEST_KEY] of `lengths` [n]; of two with one key the later stays."""
+    def set(self, facts: list[Fact], device=None):
+        """Have these facts and no others; of two with one key the later stays."""
+        self.__init__()
+        if not facts:
+            return
+        keys, rows = torch.cat([fact.keys for fact in facts]), torch.cat([fact.rows for fact in facts])
         last = {tuple(key): place for place, key in enumerate(keys.tolist())}
         chosen = torch.tensor([*last.values()], dtype=torch.long)
         generator = torch.Generator().manual_seed(0)
         self.multipliers = torch.randint(2**62, (LONGEST_KEY,), generator=generator) * 2 + 1
         codes, order = ((keys[chosen] + 1) * self.multipliers).sum(-1).sort()
-        self.codes, self.keys, self.lengths = codes, keys[chosen][order], tuple(sorted(set(lengths.tolist())))
+        self.codes, self.keys, self.lengths = codes, keys[chosen][order], (*sorted({fact.length for fact in facts}),)
         self.order = chosen[order]  # of the given rows, which a search for them may go on changing
         self.rows = rows[self.order]
         self.to(device)
@@ -866,31 +813,21 @@ class EngramFacts(nn.Module):
 def with_history(x: torch.Tensor, length: int, cache: Cache | None, layer_idx: int, state_idx: int) -> torch.Tensor:
     """Put the `length` values that came before in front of x, and leave the last ones in the cache for the next call.
 
-    Args:
-        x: [B, ..., T], time last. Zeros mean "before the start".
-    Returns:
-        [B, ..., length + T].
+    x [B, ..., T], time last, zero for "before the start" -> [B, ..., length + T].
     """
+    total = length + x.shape[-1]
     if cache is not None:
-        new = x.shape[-1]
         # At least one is kept, whatever its use: a cache layer with an empty state cannot be cut back.
         x = cache.update_conv_state(x, layer_idx, state_idx=state_idx, conv_kernel_size=max(length, 1))
-        # While it records the past the cache returns more than was asked, and after a short first chunk less.
-        x = x[..., -(length + new) :]
-        return F.pad(x, (length + new - x.shape[-1], 0))
-    return F.pad(x, (length, 0))
+        x = x[..., -total:]  # it returns more than was asked while it records, and less after a short first chunk
+    return F.pad(x, (total - x.shape[-1], 0))
 
 
-class EngramRMSNorm(nn.Module):
-    """RMSNorm in float32 whatever the model's precision; returns float32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class EngramRMSNorm(nn.RMSNorm):
+    """In float32 whatever the model's precision; returns float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 class EngramGate(nn.Module):
@@ -962,11 +899,8 @@ class EngramLayer(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         """
         Args:
-            hidden: [B, T, d].
-            rows: [B, T, H, d_head].
-            real: bool [B, T], False where the token is padding; None when none is.
-            cache: keeps the last conv inputs.
-            reach: see `text_reach`.
+            hidden: [B, T, d]. rows: [B, T, H, d_head]. cache: keeps the last conv inputs.
+            real: bool [B, T], False where the token is padding; None when none is. reach: see `text_reach`.
         Returns:
             Y [B, T, d], hidden's dtype; exactly zero where all rows in reach are zero and there is no bias.
         """
@@ -1024,8 +958,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     """Plain softmax attention, the fallback of transformers' attention interface.
 
     query [B, heads, T, head_dim]; key, value [B, key heads, S, head_dim] -> output [B, T, heads, head_dim], weights.
-    The order of product and scale is transformers', bit for bit, and with it float16's overflow where a product passes
-    65,504: "sdpa", the default, has none.
+    The order of product and scale is transformers', and with it float16's overflow past 65,504: "sdpa" has none.
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -1112,18 +1045,15 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
         self, hidden, rows=None, real=None, *, attention=None, attention_mask=None, position_embeddings=None,
         cache=None, reach=None, **kwargs,
     ):  # fmt: skip
-        """[B, T, d] -> [B, T, d], attention weights or None.
-
-        `rows` is positional, so that reentrant gradient checkpointing sees that it needs a gradient.
-        """
+        """[B, T, d] -> [B, T, d]. `rows` is positional: reentrant checkpointing sees that it needs a gradient."""
         if self.engram is not None and rows is not None:
             hidden = hidden + self.engram(hidden, rows, real, cache, reach)
         normed = self.input_layernorm(hidden)
-        attended, weights = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
+        attended, _ = self.self_attn(normed, attention, position_embeddings, attention_mask, cache, **kwargs)
         computed = self.mlp(normed)
         if self.training:
             attended, computed = self.resid_dropout(attended), self.resid_dropout(computed)
-        return attended + computed + hidden, weights
+        return attended + computed + hidden
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1131,17 +1061,11 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def takes_old_cache_name(forward: Callable) -> Callable:
-    """Where transformers calls the cache by its new name, take the old one as its own models do: with a warning."""
-    return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE == "cache" else forward
-
-
 def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | None:
     """Which of the last `n_tokens` tokens are no padding: bool [B, T], or None when nothing says that any is.
 
     Args:
-        attention_mask: [B, S] as a user gives it; or [B, 1, T, S] prepared (bool, or float with 0 for "attend"), where
-            a real token is one that attends to itself.
+        attention_mask: [B, S]; or [B, 1, T, S] (bool, or float with 0 for "attend"): a real token attends to itself.
         past_length: tokens in the cache, an int or an int64 tensor.
     """
     if attention_mask is None:
@@ -1161,14 +1085,11 @@ def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     its place.
     """
     if input_ids is None:
-        raise ValueError(
-            "Falta input_ids: la memoria Engram se consulta con los tokens, y un vector de inputs_embeds no dice "
-            "de qué token viene. Pasa los dos: model(input_ids=ids, inputs_embeds=vectores)."
-        )
+        raise ValueError("Falta input_ids: la memoria Engram se consulta con los tokens. Pásalos con inputs_embeds.")
     if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
         raise ValueError(
             f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
-            "token por vector, en el mismo orden. Si un vector no viene de ningún token, pon engram_pad_id en su sitio."
+            "token por vector, engram_pad_id si no viene de ninguno."
         )
     if torch.compiler.is_compiling() or not input_ids.numel():
         return
@@ -1195,8 +1116,7 @@ def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTenso
     so there nobody looks.
 
     Args:
-        position_ids: int64 [B or 1, T]. real: bool [B, T], False where the token is padding; None when none is.
-        past_length: tokens in the cache, an int or an int64 tensor.
+        position_ids: int64 [B or 1, T]. real, past_length: see `real_tokens`.
     """
     first = position_ids[:, :1]
     begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
@@ -1228,21 +1148,6 @@ def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()
 
 
-def vocabulary_of(projection: str, token_map: torch.LongTensor, pad_id: int) -> int | None:
-    """How many tokens a vocabulary has, by the digest of its projection: the first of `token_map`, or all and more.
-
-    More are tokens added by `EngramHash.resize`, or ids without a token. None where it is another tokenizer's.
-    """
-    known, more = token_map.cpu().numpy(), 2**16
-    for tail in (np.arange(more) + known.max() + 1, np.full(more, known[pad_id])):
-        digest = hashlib.sha256()
-        for n, canonical in enumerate(np.concatenate((known, tail)), 1):
-            digest.update(canonical.tobytes())
-            if digest.hexdigest() == projection:
-                return n
-    return None
-
-
 def free_ram() -> int:
     """Bytes of RAM that this process could still take."""
     return psutil.virtual_memory().available if psutil else 2**62
@@ -1254,68 +1159,37 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     Args:
         wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
         to_move: bytes of the model that are yet to go to the GPU.
-    Raises:
-        ValueError: no such place, no GPU, or "disco" for rows that no file holds.
+    Raises ValueError: no such place, or no GPU.
     """
     if wanted not in PLACES:
         raise ValueError(f"«{wanted}» no es un sitio para la memoria: elige entre {', '.join(PLACES)}.")
     if wanted == "gpu" and not torch.cuda.is_available():
         raise ValueError("La memoria no puede ir a 'gpu': aquí no hay ninguna. Elige 'ram', 'disco' o 'auto'.")
-    if wanted == "disco" and not on_file:
-        raise ValueError(
-            "La memoria no puede quedarse en 'disco': sus filas no están en ningún archivo. Guarda antes el modelo, "
-            'model.save_pretrained("carpeta"), y ábrelo de nuevo.'
-        )
-    giga = f"{size / 1e9:.2f} GB".replace(".", ",")
+    free, gpu = free_ram(), torch.cuda.is_available()
+    giga, room = (f"{count / 1e9:.2f} GB".replace(".", ",") for count in (size, free))
     if wanted in ("gpu", "disco"):
         return wanted, f"ocupa {giga}; así se ha pedido"
-    gpu = " no hay GPU;"
-    if wanted == "auto" and torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        if size + to_move < 0.8 * free:  # the rest is for what is computed
-            return "gpu", f"ocupa {giga} y cabe en la GPU"
-        gpu = " no cabe en la GPU;"
-    elif wanted == "ram":
-        gpu = ""
-    free = free_ram()
-    room = f"{free / 1e9:.2f} GB libres en RAM".replace(".", ",")
+    if wanted == "auto" and gpu and size + to_move < 0.8 * torch.cuda.mem_get_info()[0]:  # the rest is to compute in
+        return "gpu", f"ocupa {giga} y cabe en la GPU"
+    no_gpu = "" if wanted == "ram" else " no cabe en la GPU;" if gpu else " no hay GPU;"
     if size < 0.9 * free or not on_file:
-        return "ram", f"ocupa {giga};{gpu} {room}"
+        return "ram", f"ocupa {giga};{no_gpu} {room} libres en RAM"
     if wanted == "ram":
-        logger.warning(f"La memoria ocupa {giga} y solo hay {room}: se lee del disco.")
-    return "disco", f"ocupa {giga};{gpu} y solo hay {room}"
+        logger.warning(f"La memoria ocupa {giga} y solo hay {room} libres en RAM: se lee del disco.")
+    return "disco", f"ocupa {giga};{no_gpu} y solo hay {room} libres en RAM"
 
 
-def in_use(module: nn.Module) -> nn.Module:
-    """The module itself, or the copy of it that peft's `modules_to_save` has put in its place."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is None:
-        return module
-    active = [name for name in module.active_adapters if name in copies]
-    return copies[active[0]] if active and not module.disable_adapters else module.original_module
+MADE_FOR = {
+    "projection": "otra proyección del vocabulario (otro tokenizer)",
+    "hash": "otra forma de memoria (capas, tamaños o semilla)",
+    "backbone": "otro Phi, o este se ha entrenado después",
+    "layer": "otra memoria, o esta se ha entrenado después",
+}
 
 
-def without_adapters(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The live `state_dict` that a module would have without what peft has put around its parts.
-
-    Where `modules_to_save` has made a copy of a part of the memory, that is the memory; of Phi it is what was there.
-    Raises:
-        ValueError: an adapter changes the memory's own matrices.
-    """
-    if hasattr(module, "original_module"):
-        module = in_use(module) if "engram" in prefix else module.original_module
-    elif hasattr(module, "base_layer"):
-        if "engram" in prefix:
-            raise ValueError(
-                f"Un adaptador de peft cambia la memoria ({prefix[:-1]}) y no viajaría con ella. Fúndelo antes, con "
-                "merge_and_unload(), o deja key_proj y value_proj fuera de target_modules."
-            )
-        module = module.base_layer
-    parts = dict(module.named_children())
-    state = {f"{prefix}{key}": value for key, value in module.state_dict().items() if key.split(".")[0] not in parts}
-    for name, part in parts.items():
-        state |= without_adapters(part, f"{prefix}{name}.")
-    return state
+def differing(made_for: dict[str, str], own: dict[str, str]) -> str | None:
+    """What of a model a memory or a fact was not made for, in Spanish, by their digests."""
+    return next((words for kind, words in MADE_FOR.items() if made_for.get(kind) != own.get(kind)), None)
 
 
 def find_file(name, file: str, hub: dict) -> str | None:
@@ -1326,27 +1200,25 @@ def find_file(name, file: str, hub: dict) -> str | None:
         return None
 
 
-def weight_files(name, variant, hub: dict) -> tuple[str | None, dict[str, str]]:
-    """The one file of a checkpoint's dense weights, or {tensor: file} of its index, in transformers' own order."""
+def weight_files(name, variant, hub: dict) -> dict[str, str]:
+    """{tensor: file} of a checkpoint, of one file or of an index, in transformers' own order."""
     suffix = f".{variant}" if variant else ""
-    single = find_file(name, f"model{suffix}.safetensors", hub)
-    if single is None and (path := find_file(name, f"model.safetensors.index{suffix}.json", hub)) is not None:
-        return None, json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
-    return single, {}
+    single = f"model{suffix}.safetensors"
+    if (path := find_file(name, single, hub)) is not None:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    path = find_file(name, f"model.safetensors.index{suffix}.json", hub)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
 
 
 def bad_table(name, variant, hub: dict) -> str | None:
     """Which file of rows that the index names cannot be opened, in Spanish."""
-    for key, file in weight_files(name, variant, hub)[1].items():
-        if "engram_tables" in key:
-            path = find_file(name, file, hub)
-            if path is None:
-                return f"A «{name}» le falta el archivo de la memoria {file}. Vuelve a copiar el modelo entero."
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except (OSError, SafetensorError):
-                return f"El archivo de la memoria {path} no sirve: está a medias o su cabecera no se entiende."
+    for file in {file for key, file in weight_files(name, variant, hub).items() if "engram_tables" in key}:
+        try:
+            with safe_open(find_file(name, file, hub) or "", "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"A «{name}» le falta el archivo de la memoria {file}, o está a medias o sin cabecera: cópialo."
     return None
 
 
@@ -1362,6 +1234,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    memory_reason = ""  # why the rows are where they are, in Spanish
+    _can_record_outputs = {"hidden_states": PhiEngramDecoderLayer, "attentions": PhiAttention}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -1371,8 +1245,6 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (EngramTable, EngramShortConv)):
             if module.weight is not None:
                 init.zeros_(module.weight)
-        elif isinstance(module, EngramRMSNorm):
-            init.ones_(module.weight)
         elif isinstance(module, EngramLayer):
             for place, projection in enumerate((module.key_proj, module.value_proj)):
                 init.copy_(projection.weight, module.fresh_projection(place))
@@ -1388,11 +1260,10 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     ):  # fmt: skip
         """transformers' own, plus where the memory's rows live in this process.
 
-        Args:
-            engram_storage: "gpu" (they follow the model), "ram", "disco" (read from the checkpoint's file as they are
-                needed), or "auto", the fastest that fits into what is free.
-        Raises:
-            ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
+        `engram_storage`: "gpu" (they follow the model), "ram", "disco" (read from the file as they are needed), or
+        "auto", the fastest that fits into what is free.
+
+        Raises ValueError: no such place. EngramFileError: a file of the memory is not what was saved.
         """
         if engram_storage not in PLACES:
             raise ValueError(f"engram_storage={engram_storage!r} no existe: elige entre {', '.join(PLACES)}.")
@@ -1407,9 +1278,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 raise EngramFileError(bad) from error
             raise
         if empty:
-            files = model._table_files(*source, info["missing_keys"])
-            model._fill_tables(files, engram_storage)
-            absent = [model._table_key(i) for i in model.config.engram_layer_ids if i not in files]
+            absent = model._open_tables(*source, info["missing_keys"], engram_storage)
             info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
         elif engram_storage != "auto":
             model.move_memory(engram_storage)
@@ -1422,21 +1291,6 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 logger.warning(f"{error} Se abre sin ellos.")
         return (model, info) if output_loading_info else model
 
-    # ---- where the memory's rows live
-
-    @property
-    def n_values(self) -> int:
-        """Parameters, wherever they live; the rows' scales are not counted."""
-        tables = self.base_model.engram_tables.values()
-        dense = sum(p.numel() for name, p in self.named_parameters() if "engram_tables" not in name)
-        return dense + sum(table.n_rows * table.d_head for table in tables)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all that `save_pretrained` would write."""
-        dense = sum(tensor.nbytes for name, tensor in self.state_dict().items() if "engram_tables" not in name)
-        return dense + sum(table.size(table.dtype) for table in self.base_model.engram_tables.values())
-
     @property
     def memory_place(self) -> str:
         """"gpu", "ram" or "disco"; where they are, if the model was moved by hand."""
@@ -1446,73 +1300,50 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     def move_memory(self, place: str):
         """Move the memory's rows to "gpu", "ram" or "disco", or to the fastest that fits ("auto").
 
-        Raises:
-            ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
+        Raises ValueError: no such place; no GPU; or rows that are in no file cannot be left on disk.
         """
+        self._place(place, {layer_id: table.dtype for layer_id, table in self.base_model.engram_tables.items()})
+
+    def _place(self, wanted: str, kinds: dict[str, torch.dtype]):
+        """As `move_memory`, in the precisions `kinds` where rows are read from a file."""
         tables = self.base_model.engram_tables
-        size = sum(table.size(table.dtype) for table in tables.values())
-        place = self._choose(place, size, all(table.file is not None for table in tables.values()))
+        size = sum(table.size(kinds[layer_id]) for layer_id, table in tables.items())
+        on_file = all(table.file is not None for table in tables.values())
+        dense = sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
+        place, reason = choose_place(wanted, size, 0 if self.device.type == "cuda" else dense, on_file)
         for layer_id, table in tables.items():
-            self._settle(table, layer_id, place)
+            table.settle(place, kinds[layer_id])
+            if place == "gpu":
+                table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
+        self.memory_reason = reason
 
-    def _choose(self, wanted: str, size: int, on_file: bool) -> str:
-        on_gpu = self.device.type == "cuda"
-        to_move = 0 if on_gpu else sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
-        place, self.memory_reason = choose_place(wanted, size, to_move, on_file)
-        return place
+    def _open_tables(self, name, variant, hub, missing, wanted: str) -> list[str]:
+        """Give the empty tables the rows of a checkpoint, in their precision or the model's where that is smaller.
 
-    def _settle(self, table: EngramTable, layer_id, place: str):
-        table.settle(place)
-        if place == "gpu":
-            table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
-
-    def _table_files(self, name, variant, hub, missing=()) -> dict[int, TableFile]:
-        """{layer_id: file} of the tables that a checkpoint has, in files of their own or among its other tensors.
-
-        Not those of a layer whose dense weights are `missing` from it: rows mean nothing beside new ones.
+        Zeros where it has none, and in a layer whose dense weights are `missing` from it: rows mean nothing beside new
+        ones. Returns the names of these tables.
         """
-        single, index = weight_files(name, variant, hub)
-        inside = ()
-        if single is not None:
-            with safe_open(single, "pt") as file:
-                inside = file.keys()
-        files = {}
-        for layer_id in self.config.engram_layer_ids:
-            table, key = self.base_model.engram_tables[str(layer_id)], f"engram_tables.{layer_id}.weight"
-            if key not in inside and key not in index:  # as `PhiEngramModel` alone writes it
-                key = f"model.{key}"
-            # Where neither names it, an earlier version wrote it beside them, under a name without variant.
-            file = single if key in inside else find_file(name, index.get(key, TABLE_FILE.format(layer_id)), hub)
-            if file is None:
-                continue
-            lost, mate = [key for key in missing if f"layers.{layer_id}.engram." in key], self._mate(layer_id)
-            file = TableFile(file, key, table.n_rows, table.d_head, None if lost else mate)
-            if lost and file.mate not in (None, mate):
-                logger.warning(
-                    f"A «{name}» le falta {min(lost)}: sus filas de la capa {layer_id} no se leen, y esa memoria queda "
-                    "sin entrenar. Vuelve a copiar el modelo entero."
-                )
-                continue
-            files[layer_id] = file
-        return files
-
-    def _fill_tables(self, files: dict[int, TableFile], wanted: str):
-        """Give the empty tables their rows: those of `files`, in their precision or the model's where that is smaller;
-        zeros for a layer without file."""
-        tables = {i: self.base_model.engram_tables[str(i)] for i in self.config.engram_layer_ids}
-        kinds = {
-            i: files[i].dtype if i in files and files[i].dtype.itemsize <= self.dtype.itemsize else self.dtype
-            for i in tables
-        }
-        size = sum(table.size(kinds[i]) for i, table in tables.items())
-        place = self._choose(wanted, size, len(files) == len(tables))
-        for layer_id, table in tables.items():
-            table.file = files.get(layer_id)
+        weights, absent, kinds = weight_files(name, variant, hub), [], {}
+        for layer_id, table in self.base_model.engram_tables.items():
+            key = f"engram_tables.{layer_id}.weight"  # as `PhiEngramModel` alone writes it
+            key = key if key in weights else f"model.{key}"
+            # Where none is named, an earlier version wrote it beside the others, under a name without variant.
+            path, mate = find_file(name, weights.get(key, TABLE_FILE.format(layer_id)), hub), self._mate(layer_id)
+            lost = [key for key in missing if f"layers.{layer_id}.engram." in key]
+            if path is not None:
+                table.file = TableFile(path, key, table.n_rows, table.d_head, None if lost else mate)
+                if lost and table.file.mate not in (None, mate):
+                    table.file = None
+                    logger.warning(
+                        f"A «{name}» le falta {min(lost)}: sus filas de la capa {layer_id} no se leen, y esa memoria "
+                        "queda sin entrenar. Vuelve a copiar el modelo entero."
+                    )
             if table.file is None:
-                table.weight = nn.Parameter(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
-            elif place != "disco":
-                table.hold(kinds[layer_id])
-            self._settle(table, layer_id, place)
+                table.own(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+                absent.append(self._table_key(layer_id))
+            kinds[layer_id] = min(table.dtype, self.dtype, key=lambda dtype: dtype.itemsize)
+        self._place(wanted, kinds)
+        return absent
 
     def _table_key(self, layer_id: int) -> str:
         return f"{'' if self.base_model is self else 'model.'}engram_tables.{layer_id}.weight"
@@ -1531,10 +1362,9 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
         index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
 
-        Args:
-            engram_precision: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
-        Raises:
-            ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
+        `engram_precision`: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
+
+        Raises ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
@@ -1546,41 +1376,32 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         token = {} if kwargs.get("token") is None else {"token": kwargs["token"]}
         repo = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # of LoRA, say: it alone is saved then
-        if not adapter and any(re.search(r"\.(base_layer|original_module)\.", name) for name in state):
+        if not adapter and any(map(WRAPPED.search, state)):
             raise ValueError(
                 "Este modelo lleva un adaptador de peft, y así no se abriría lo guardado. Guarda el adaptador, con el "
                 "save_pretrained del PeftModel, o fúndelo antes: peft_model.merge_and_unload().save_pretrained(…)"
             )
-        suffix, tables = f".{variant}" if variant else "", {}
+        folder, suffix, tables = Path(save_directory), f".{variant}" if variant else "", []
         if is_main_process and not adapter:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for stale in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-                if Path(save_directory, stale).exists():
-                    raise ValueError(
-                        f"En {save_directory} hay {stale}, que otros programas leerían en lugar de lo que se guarda: "
-                        "bórralo o elige otra carpeta."
-                    )
+            folder.mkdir(parents=True, exist_ok=True)
+            if stale := next(folder.glob("pytorch_model.bin*"), None):
+                raise ValueError(f"Otros leerían {stale} en lugar de lo que se guarda: bórralo o elige otra carpeta.")
             for layer_id in self.config.engram_layer_ids:
                 table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
                     table = EngramTable(table.n_rows, table.d_head, empty=True)
-                    table.weight = nn.Parameter(given[key], requires_grad=False)
-                dtype = PRECISIONS.get(engram_precision, table.dtype)
-                tables[key] = f"model{suffix}{TABLE_FILE.format(layer_id)[len('model'):]}"
-                write_table(
-                    Path(save_directory, tables[key]), key, table.chunks(dtype), dtype, table.n_rows, table.d_head,
-                    self._mate(layer_id, state),
-                )  # fmt: skip
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=None if adapter else state, variant=variant,
-            **kwargs,
-        )  # fmt: skip
+                    table.own(given[key])
+                tables.append(folder / TABLE_FILE.format(layer_id).replace("model", f"model{suffix}"))
+                dtype, mate = PRECISIONS.get(engram_precision, table.dtype), self._mate(layer_id, state)
+                write_table(tables[-1], key, table.chunks(dtype), dtype, table.n_rows, table.d_head, mate)
+        kwargs |= dict(is_main_process=is_main_process, variant=variant, state_dict=None if adapter else state)
+        super().save_pretrained(save_directory, **kwargs)
         if tables:
-            index_tables(Path(save_directory), suffix, tables)
-        if tables and self.can_generate():
-            self.save_facts(save_directory)
+            index_files(folder, suffix, tables)
+            if self.can_generate():
+                self.save_facts(folder)
         if push_to_hub and is_main_process:
-            self.push_to_hub(repo.pop("repo_id", Path(save_directory).name), **repo, **token)
+            self.push_to_hub(repo.pop("repo_id", folder.name), **repo, **token)
 
     def push_to_hub(self, repo_id, **kwargs):
         """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""
@@ -1591,19 +1412,15 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             hub.delete_file("model.safetensors", repo_id, revision=revision)
         return pushed
 
-
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """transformers' own, and the memory's vocabulary projection with it.
 
-        Raises:
-            ValueError: the token that stands for "before the start" would be lost.
+        Raises ValueError: the token that stands for "before the start" would be lost.
         """
         size, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
-        if -(-size // multiple) * multiple <= self.config.engram_pad_id:
-            raise ValueError(
-                f"Con {size} tokens se perdería engram_pad_id={self.config.engram_pad_id}, con el que la memoria "
-                f"señala lo que hay antes del principio: el menor tamaño es {self.config.engram_pad_id + 1}."
-            )
+        pad = self.config.engram_pad_id
+        if -(-size // multiple) * multiple <= pad:
+            raise ValueError(f"Con {size} tokens se perdería engram_pad_id={pad}: el menor tamaño es {pad + 1}.")
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.base_model.engram_hash.resize(self.config.vocab_size)
         return embeddings
@@ -1618,12 +1435,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.engram_hash = EngramHash(config, tokenizer)
         d_head = config.n_embed_per_ngram // config.n_head_per_ngram
-        self.engram_tables = nn.ModuleDict(
-            {
-                str(layer_id): EngramTable(sum(map(sum, primes)), d_head, empty_tables)
-                for layer_id, primes in zip(config.engram_layer_ids, head_primes(config))
-            }
-        )
+        sizes = {str(i): sum(map(sum, primes)) for i, primes in zip(config.engram_layer_ids, head_primes(config))}
+        self.engram_tables = nn.ModuleDict({i: EngramTable(n, d_head, empty_tables) for i, n in sizes.items()})
         self.layers = nn.ModuleList([PhiEngramDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.facts = nn.ModuleDict({str(layer_id): EngramFacts() for layer_id in config.engram_layer_ids})
         self.rotary_emb = PhiRotaryEmbedding(config)
@@ -1632,7 +1445,6 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
         if empty_tables:  # transformers need not know of what is read apart
             self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
-        self.memory_reason = ""  # why the rows are where they are, in Spanish
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
@@ -1641,55 +1453,36 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         """Engram layers below `config.num_hidden_layers`, which transformers lowers while a draft exits early."""
         return [i for i in self.config.engram_layer_ids if i < self.config.num_hidden_layers]
 
-    def _history(self, input_ids, real, cache):
-        """Token ids + 1 and what came before them, int64 [B, S + T]; the cache keeps the last for the next call."""
+    def _windows(self, input_ids, real, cache, reach) -> torch.LongTensor:
+        """Canonical tokens up to each position, as many as are looked up; the cache keeps ids for the next call."""
         stored = input_ids + 1  # 0 is left to mean "before the start"
         if real is not None:
             stored = stored.masked_fill(~real, 0)
-        length = max(self.config.max_ngram_size, LONGEST_KEY) - 1
-        history = None
+        kept = max(self.config.max_ngram_size, LONGEST_KEY) - 1
+        history = F.pad(stored, (kept, 0))
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
         for layer_id in self._reading():
             # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
             # reorders all states of a cache layer on one device.
             device = self.layers[layer_id].engram.value_proj.weight.device
             ids = stored if device.type == "meta" else stored.to(device)
-            history = with_history(ids, length, cache, layer_id, state_idx=1)
-        if history is None:
-            history = F.pad(stored, (length, 0))
-        return history.to(stored.device)
-
-    def _head_indices(self, history, n_tokens, reach=None):
-        """int64 [L, B, T, H]."""
-        return self.engram_hash(history[:, -(n_tokens + self.config.max_ngram_size - 1) :], reach)
-
-    def _fact_windows(self, history, n_tokens, reach=None):
-        """Canonical tokens that facts are looked up by, int64 [B, T, LONGEST_KEY]; None where there is no fact."""
-        if not any(facts.lengths for facts in self.facts.values()):
-            return None
-        history = history[:, -(n_tokens + LONGEST_KEY - 1) :]
-        canonical = self.engram_hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
-        windows = canonical.unfold(1, LONGEST_KEY, 1)
-        if reach is None:
-            return windows
-        return windows.where(torch.arange(LONGEST_KEY - 1, -1, -1, device=reach.device) <= reach[..., None], -1)
+            history = with_history(ids, kept, cache, layer_id, state_idx=1)
+        length = kept + 1 if any(facts.lengths for facts in self.facts.values()) else self.config.max_ngram_size
+        history = history[:, -(input_ids.shape[1] + length - 1) :].to(stored.device)
+        return self.engram_hash.windows(history, length, reach)
 
     @torch.no_grad()
     def ngram_indices(
         self, input_ids: torch.LongTensor, attention_mask=None, position_ids: torch.LongTensor | None = None
     ) -> dict[int, torch.LongTensor]:
-        """Rows that each position reads, as every head's index within its own table.
+        """Rows that each position of ids [B, T] reads, as every head's index within its own table.
 
-        Args:
-            input_ids: int64 [B, T]; attention_mask: [B, T], 0 for padding; position_ids: as in `forward`.
-        Returns:
-            {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
+        Returns {layer_id: int64 [B, T, (N-1)*K]}, order 2 first, heads in order (the golden files' layout).
         """
         check_ids(input_ids, None, self.config.vocab_size)
         real = real_tokens(attention_mask, input_ids.shape[1], 0)
         reach = None if position_ids is None else text_reach(position_ids, real, 0, self.longest)
-        history = self._history(input_ids, real, None)
-        return dict(zip(self.config.engram_layer_ids, self._head_indices(history, input_ids.shape[1], reach)))
+        return dict(zip(self.config.engram_layer_ids, self.engram_hash(self._windows(input_ids, real, None, reach))))
 
     def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache that this forward pass reads and writes: the given one, a new one, or None."""
@@ -1704,32 +1497,28 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             if cache is not None or use_cache:
                 logger.warning_once("Con gradient_checkpointing se entrena sin caché: use_cache=True no se atiende.")
             return None
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            return DynamicCache(config=config)
-        if cache is not None and (
-            len(cache.layers) < config.num_hidden_layers
-            or not all(hasattr(cache.layers[i], "conv_states") for i in self._reading())
-        ):
+        if cache is None:
+            wanted = config.use_cache if use_cache is None else use_cache
+            return DynamicCache(config=config) if wanted else None
+        roomy = all(hasattr(cache.layers[i], "conv_states") for i in self._reading() if i < len(cache.layers))
+        if not roomy or len(cache.layers) < config.num_hidden_layers:
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
             )
-        if cache is not None and config.num_hidden_layers < len(self.layers):
+        if config.num_hidden_layers < len(self.layers):
             del cache.layers[config.num_hidden_layers :]  # a draft's: layers that stay empty cannot be cut back
         return cache
 
     def _check_writable(self):
         """Raise ValueError where a forward pass of training would train rows that can only be read."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for layer_id in self.config.engram_layer_ids:
-            trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
-            if trained and not self.engram_tables[str(layer_id)].writable:
-                raise ValueError(
-                    "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela con "
-                    'engram_storage="ram" y guardada en float32: python load_phi_engram.py --modelo CARPETA '
-                    "--precision-memoria float32 --salida OTRA"
-                )
+        trained = [i for i in self.config.engram_layer_ids if self.layers[i].engram.value_proj.weight.requires_grad]
+        learns = self.training and torch.is_grad_enabled()
+        if learns and not all(self.engram_tables[str(i)].writable for i in trained):
+            raise ValueError(
+                "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela en 'ram', y en "
+                "float32: python load_phi_engram.py --modelo CARPETA --precision-memoria float32 --salida OTRA"
+            )
 
     def _expect(self, indices: dict[int, torch.LongTensor], hidden: torch.Tensor, cache: Cache | None):
         """Begin to bring the rows; where the memory is off, leave in the cache that it added nothing."""
@@ -1742,7 +1531,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         for layer_id in indices:
             with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
 
-    @takes_old_cache_name
+    @capture_outputs
+    @old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1751,36 +1541,24 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids: int64 [B, T]. Always needed: the memory is addressed by tokens.
-            inputs_embeds: [B, T, d]; replaces the token embeddings, beside `input_ids`.
+            input_ids: int64 [B, T]; always needed, as the memory is addressed by tokens.
+            inputs_embeds: [B, T, d], beside them, in place of the token embeddings.
             position_ids: int64 [B or 1, T]; where they begin again, so does the memory (several texts in one row).
-            attention_mask: [B, S] with 0 for padding, S = cached + T; [B, 1, T, S]; or the dict that
-                `create_masks_for_generate` prepared.
+            attention_mask: [B, S], 0 for padding, S = cached + T; [B, 1, T, S]; or of `create_masks_for_generate`.
             cache: made with `config=model.config`; `past_key_values` is its name up to transformers 5.23.
         Returns:
-            `last_hidden_state` [B, T, d]; on request `hidden_states`, one more than layers, the last one normalised,
-            and `attentions`.
+            `last_hidden_state` [B, T, d]; with `output_hidden_states` or `output_attentions` what transformers records.
         Raises:
-            ValueError: no ids or none that are tokens, a cache that cannot hold the memory's state, or rows that are
-                to learn and can only be read.
+            ValueError: ids that are missing or no tokens, a cache without room, or rows to train that are only read.
         """
         check_ids(input_ids, inputs_embeds, self.config.vocab_size)
         config = self.config
-        cache = past_key_values if cache is None else cache
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        cache = self._usable_cache(cache, use_cache)
+        cache = self._usable_cache(past_key_values if cache is None else cache, use_cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
@@ -1797,49 +1575,31 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
                 # It looks for texts that begin again among the caller's alone: a look is a wait for the card.
                 position_ids=given_positions,
             )  # fmt: skip
-        reach = None
-        if given_positions is not None:
-            reach = text_reach(given_positions, real, past_length, self.longest)
-        history = self._history(input_ids, real, cache)
-        windows = self._fact_windows(history, hidden.shape[1], reach)
-        indices = self._head_indices(history, hidden.shape[1], reach) + self.engram_hash.offsets[:, None, None]
+        reach = None if given_positions is None else text_reach(given_positions, real, past_length, self.longest)
+        windows = self._windows(input_ids, real, cache, reach)
+        indices = self.engram_hash(windows) + self.engram_hash.offsets[:, None, None]
         indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        all_hidden, all_weights = [], []
         for i, layer in zip(range(config.num_hidden_layers), self.layers):
-            if output_hidden_states:
-                all_hidden.append(hidden)
-            rows = self.engram_tables[str(i)](indices[i]) if self.use_memory and i in indices else None
-            if rows is not None and windows is not None:
-                rows = self.facts[str(i)](rows, windows)
-            hidden, weights = layer(
+            rows = None
+            if self.use_memory and i in indices:
+                rows = self.facts[str(i)](self.engram_tables[str(i)](indices[i]), windows)
+            hidden = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
                 position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,
             )  # fmt: skip
-            if output_attentions:
-                all_weights.append(weights)
-        hidden = self.final_layernorm(hidden)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-            **{CACHE: cache},
-        )
-        return output if return_dict else output.to_tuple()
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden), **{CACHE: cache})
 
 
 class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     """Phi-1 with Engram as a language model: ids -> logits, loss. Generating, saving and sharing are inherited.
 
     Opening a plain Phi checkpoint grafts an untrained memory on it, whose logits are the plain model's exactly.
-
-    Args:
-        tokenizer: from which to build the vocabulary projection; by default `config.tokenizer_name_or_path` is opened.
-            Not used when a checkpoint brings the projection.
+    `tokenizer` gives the vocabulary projection where no checkpoint does; by default, `config.tokenizer_name_or_path`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -1850,18 +1610,14 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         self.model = PhiEngramModel(config, tokenizer, empty_tables)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
-        self.memory_reason = ""
-        self._facts: list[Fact] = []
+        self.facts: list[Fact] = []  # in the order in which they were taught
+        self._phi = [name for name in self.state_dict() if "engram" not in name]  # as they are named without peft
         self.post_init()
 
-    # ---- memories that travel
-
     def fingerprints(self, n_tokens: int | None = None) -> dict[str, str]:
-        """What a memory depends on: {"backbone", "hash", "projection"}, the same in every precision, with and without
-        adapters of peft.
+        """What a memory depends on, {"backbone", "hash", "projection"}: the same in every precision and inside peft.
 
-        Args:
-            n_tokens: only the first tokens of the vocabulary, as before it grew.
+        `n_tokens`: of the first tokens of the vocabulary only, as before it grew.
         """
         config, ids = self.config, self.model.engram_hash
         layout = (
@@ -1869,96 +1625,21 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             config.engram_kernel_size, config.engram_pad_id, config.engram_bias, config.hidden_size,
             ids.primes.tolist(), ids.multipliers.tolist(),
         )  # fmt: skip
-        backbone = {name: tensor for name, tensor in without_adapters(self).items() if "engram" not in name}
-        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
-            if name in backbone:
-                backbone[name] = backbone[name][:n_tokens]
+        plain = {WRAPPED.sub(".", name): tensor for name, tensor in self.state_dict().items()}
+        by_token = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+        backbone = {name: plain[name][: n_tokens if name in by_token else None] for name in self._phi}
         return {
             "projection": hashlib.sha256(ids.token_map[:n_tokens].cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
             "backbone": sign_digest(backbone),
         }
 
-    def save_memory(self, folder):
-        """Save what phase 1 trains, and nothing of Phi: rows that are not zero, with their indices, and the dense
-        Engram weights, as one safetensors file in `folder`. Its size follows the rows trained, not the table."""
-        tensors = {name: tensor for name, tensor in without_adapters(self).items() if ".engram." in name}
-        for layer_id, table in self.model.engram_tables.items():
-            first, ids, rows = 0, [], []
-            for chunk in table.chunks(table.dtype):
-                trained = unpack(chunk).any(-1).nonzero()[:, 0]
-                ids.append(trained + first)
-                rows.append(chunk[trained])
-                first += len(chunk)
-            tensors |= {f"{layer_id}.row_ids": torch.cat(ids), f"{layer_id}.rows": torch.cat(rows)}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder, MEMORY_FILE)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, {"format": "pt", **self.fingerprints()})
-            as_any_new_file(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def load_memory(self, name, **hub):
-        """Put a memory that `save_memory` wrote in the place of the present one; Phi stays as it is.
-
-        Args:
-            name: folder, or user/name on the Hub; `hub`: `token`, `revision` and the like.
-        Raises:
-            ValueError: it was trained on another Phi, with another hash or with another projection; nothing changed.
-        """
-        with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
-            made_for, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        own, size, other = self.fingerprints(), self.config.vocab_size, "(otro tokenizer)"
-        if made_for.get("projection") != own["projection"]:
-            ids, pad_id = self.model.engram_hash, self.config.engram_pad_id
-            n_tokens = vocabulary_of(made_for.get("projection"), ids.token_map, pad_id)
-            if n_tokens is not None and n_tokens < size:  # tokens have been added since
-                own = self.fingerprints(n_tokens)
-            elif n_tokens is not None:
-                other = (
-                    f"(de {n_tokens} tokens, y este modelo tiene {size}: sin los que faltan no se puede comprobar que "
-                    "Phi sea el mismo; carga la memoria antes de quitarlos)"
-                )
-        for kind, reason in (
-            ("projection", f"con otra proyección del vocabulario {other}"),
-            ("hash", "con otra forma de memoria (capas, tamaños o semilla)"),
-            ("backbone", "sobre otro Phi, o este se ha entrenado después"),
-        ):
-            if made_for.get(kind) != own[kind]:
-                raise ValueError(f"La memoria «{name}» no sirve para este modelo: se entrenó {reason}.")
-        state, place = without_adapters(self), self.memory_place
-        self.set_facts([])
-        for key, tensor in tensors.items():
-            if ".engram." in key:
-                state[key].copy_(tensor)
-        for layer_id, table in self.model.engram_tables.items():
-            rows = tensors[f"{layer_id}.rows"]
-            weight = torch.zeros(table.n_rows, rows.shape[1], dtype=rows.dtype)
-            self._replace_rows(table, weight.index_copy_(0, tensors[f"{layer_id}.row_ids"], rows), place)
-
-    # ---- facts
-
-    @property
-    def facts(self) -> list[Fact]:
-        """In the order in which they were taught."""
-        return [*self._facts]
-
     def set_facts(self, facts: Iterable[Fact]):
         """Have these facts and no others; of two with the same key the later one is read."""
-        self._facts = [*facts]
+        self.facts = [*facts]
         device = self.model.embed_tokens.weight.device
         for layer_id, overlay in self.model.facts.items():
-            own = [fact for fact in self._facts if str(fact.layer) == layer_id]
-            overlay.__init__()
-            if own:
-                lengths = torch.tensor([fact.length for fact in own for _ in fact.keys])
-                keys, rows = (torch.cat([getattr(fact, name) for fact in own]) for name in ("keys", "rows"))
-                overlay.set(keys, lengths, rows, device)
+            overlay.set([fact for fact in self.facts if str(fact.layer) == layer_id], device)
 
     def fact_digests(self, layer: int) -> dict[str, str]:
         """What a layer's facts depend on, the same in every precision."""
@@ -1967,20 +1648,18 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     def save_facts(self, folder):
         """Save the facts in `folder`, whole or not at all: FACTS_FILE, and beside it their rows. Those of before a
         training, which changed what they were written for, are left out, and a warning says so."""
-        folder, name = Path(folder), None
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self._facts}}
-        facts = [fact for fact in self._facts if fact.made_for == digests[str(fact.layer)]]
-        if len(facts) < len(self._facts):
-            lost = len(self._facts) - len(facts)
+        digests = {str(layer): self.fact_digests(layer) for layer in {fact.layer for fact in self.facts}}
+        facts = [fact for fact in self.facts if fact.made_for == digests[str(fact.layer)]]
+        if lost := len(self.facts) - len(facts):
             logger.warning(f"{lost} recuerdos no se guardan: el modelo ha cambiado desde que se escribieron.")
-        tensors = {}
-        for i, fact in enumerate(facts):
-            tensors |= {f"{i}.keys": fact.keys, f"{i}.rows": fact.rows}
-        if tensors:
-            bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
-            name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
-            text = dict(format=1, rows=name, digests=digests, facts=[fact.text() for fact in facts])
+        tensors = {f"{i}.{part}": getattr(fact, part) for i, fact in enumerate(facts) for part in ("keys", "rows")}
+        bits = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+        name = f"engram_facts-{hashlib.sha256(bits).hexdigest()[:12]}.safetensors"
+        if facts:
+            told = [{key: getattr(fact, key) for key in TOLD} | fact.notes for fact in facts]
+            text = dict(format=1, rows=name, digests=digests, facts=told)
             temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
             save_file(tensors, folder / name, {"format": "pt"})
             temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -1988,66 +1667,34 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         else:
             (folder / FACTS_FILE).unlink(missing_ok=True)
         for old in folder.glob("engram_facts-*.safetensors"):
-            if old.name != name:
+            if not facts or old.name != name:
                 old.unlink(missing_ok=True)
 
     def read_facts(self, name, **hub) -> list[Fact]:
-        """Facts that `save_facts` wrote, for `set_facts`.
+        """Facts that `save_facts` wrote, for `set_facts`, from a folder or a name on the Hub (`hub`: `token`…).
 
-        Args:
-            name: folder, or user/name on the Hub; `hub`: `token`, `revision` and the like.
-        Raises:
-            ValueError: they are of another Phi, memory or layer, or the files are of no use; a Spanish text says which.
+        Raises ValueError: they are of another Phi, memory or layer, or the files are of no use; the text says which.
         """
         try:
-            said = json.loads(Path(cached_file(name, FACTS_FILE, **hub)).read_text(encoding="utf-8"))
+            said, facts = json.loads(Path(cached_file(name, FACTS_FILE, **hub)).read_text(encoding="utf-8")), []
             if said["format"] != 1:
                 raise ValueError(f"Los recuerdos de «{name}» tienen el formato {said['format']} y aquí se lee el 1.")
-            facts = []
             with safe_open(cached_file(name, said["rows"], **hub), "pt") as file:
                 for i, text in enumerate(said["facts"]):
-                    known = {key: text.pop(key) for key in ("prompt", "target", "layer", "length")}
-                    keys, rows = (file.get_tensor(f"{i}.{key}") for key in ("keys", "rows"))
-                    made_for = said["digests"][str(known["layer"])]
-                    facts.append(Fact(**known, keys=keys, rows=rows, notes=text, made_for=made_for))
+                    known = {key: text.pop(key) for key in TOLD}
+                    known |= {key: file.get_tensor(f"{i}.{key}") for key in ("keys", "rows")}
+                    facts.append(Fact(**known, notes=text, made_for=said["digests"][str(known["layer"])]))
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"Los recuerdos de «{name}» están dañados: vuelve a copiar la carpeta.") from error
         for layer, digests in said["digests"].items():
             if str(layer) not in self.model.facts:
                 raise ValueError(f"Los recuerdos de «{name}» son de la capa {layer}, y aquí no hay memoria en ella.")
-            own = self.fact_digests(int(layer))
-            for kind, words in (
-                ("projection", "otra proyección del vocabulario (otro tokenizer)"),
-                ("hash", "otra forma de memoria (capas, tamaños o semilla)"),
-                ("backbone", "otro Phi, o este se ha entrenado después"),
-                ("layer", f"otra memoria en la capa {layer}, o esta se ha entrenado después"),
-            ):
-                if own[kind] != digests.get(kind):
-                    raise ValueError(f"Los recuerdos de «{name}» no valen para este modelo: son de {words}.")
+            if reason := differing(digests, self.fact_digests(int(layer))):
+                raise ValueError(f"Los recuerdos de «{name}» (capa {layer}) no valen aquí: son de {reason}.")
         return facts
 
-    @torch.no_grad()
-    def remove_memory(self):
-        """Forget everything: an untrained memory and no facts, that is plain Phi to the last bit."""
-        without_adapters(self)  # or an error
-        self.set_facts([])
-        for layer_id, table in self.model.engram_tables.items():
-            engram = in_use(self.model.layers[int(layer_id)].engram)
-            for module in engram.modules():
-                for parameter in module.parameters(recurse=False):
-                    parameter.fill_(1 if isinstance(module, EngramRMSNorm) else 0)
-            for place, projection in enumerate((engram.key_proj, engram.value_proj)):
-                projection.weight.copy_(engram.fresh_projection(place))
-            self._replace_rows(table, untouched_zeros(table.n_rows, table.d_head, self.dtype), self.memory_place)
-
-    def _replace_rows(self, table: EngramTable, weight: torch.Tensor, place: str):
-        """Rows that no file holds; a table in "disco" comes to "ram", where zeros that nobody touches cost nothing."""
-        table = in_use(table)
-        device = table.weight.device if table.weight is not None else "cpu"
-        table.weight, table.file = nn.Parameter(weight.to(device), requires_grad=weight.is_floating_point()), None
-        table.settle("ram" if place == "disco" else place)
-
-    @takes_old_cache_name
+    @old_cache_name
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -2057,10 +1704,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -2075,69 +1719,48 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, return_dict=True, **kwargs,
+            cache=past_key_values if cache is None else cache, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        rest = {key: outputs[key] for key in outputs if key != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """transformers' own; refuses, before anything changes, what would answer wrongly or leave the model broken.
 
-        Raises:
-            ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
+        Raises ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
         """
 
         def option(name):
-            value = kwargs.get(name)
-            given = getattr(generation_config, name, None) if value is None else value
-            return getattr(self.generation_config, name, None) if given is None else given
+            configs = generation_config, self.generation_config
+            given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in given if value is not None), None)
 
         if option("cache_implementation") == "quantized":
-            raise ValueError(
-                'cache_implementation="quantized" no puede guardar el estado de la memoria Engram. Quítala, o usa '
-                '"static" o "offloaded".'
-            )
+            raise ValueError('cache_implementation="quantized" no puede guardar la memoria Engram. Usa "static".')
         depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
         if early is not None and not 1 <= early <= depth:
             raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
-        self._check_padding(kwargs.get("input_ids") if inputs is None else inputs, kwargs, option)
+        ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
+        pad = option("pad_token_id")
+        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
+            eos = torch.as_tensor(-1 if option("eos_token_id") is None else option("eos_token_id"))
+            mask = None if (eos == int(pad)).any() else ids != pad  # so transformers tells padding without a mask
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError('Hay filas rellenadas por la derecha. Antes: tokenizer.padding_side = "left".')
         try:
             return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             self.config.num_hidden_layers = depth  # lowered still, where a draft that exits early was interrupted
 
-    def _check_padding(self, ids, kwargs, option):
-        mask, pad, eos = kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id")
-        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
-            eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
-            # So transformers tells padding where no mask is given.
-            mask = None if pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
-        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise ValueError(
-                "Hay filas rellenadas por la derecha: se generaría detrás del relleno, y no detrás del texto. Rellena "
-                'por la izquierda: tokenizer.padding_side = "left".'
-            )
-
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the paged cache of continuous batching has no place for the memory's state."""
-        raise ValueError(
-            "La generación por lotes continuos (generate_batch, cache_implementation=\"paged\") no puede guardar el "
-            "estado de la memoria Engram. Usa model.generate con las filas rellenadas por la izquierda."
-        )
+        raise ValueError("La generación por lotes continuos no puede guardar la memoria Engram. Usa model.generate.")
 
     @staticmethod
     def create_masks_for_generate(
@@ -2167,9 +1790,8 @@ PhiEngramConfig.register_for_auto_class()
 PhiEngramModel.register_for_auto_class("AutoModel")
 PhiEngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 if __name__.startswith("transformers_modules."):
-    # A saved folder's code serves that folder and no other: once registered, it would be run for all of them. Only so
-    # that AutoTokenizer does not ask again whether to trust the code of a model that is open, a configuration is there
-    # that counts as one of transformers' own.
+    # A saved folder's code serves that folder alone: registered, it would be run for all. What AutoTokenizer finds, so
+    # as not to ask again whether to trust it, is a configuration that counts as one of transformers' own.
     if "phi_engram" not in CONFIG_MAPPING:
         names = {"model_type": "phi_engram", "__module__": PhiConfig.__module__}
         AutoConfig.register("phi_engram", type("PhiEngramConfig", (PhiConfig,), names))

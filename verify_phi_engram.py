@@ -26,7 +26,7 @@ try:
         verify,
     )
     from engram.console import SpanishParser, UserError, counted, run_script, spanish
-    from engram.opening import about_memory, add_memory_options, open_model
+    from engram.opening import about_memory, add_memory_options, n_values, open_model
     from phi1_engram import PHI_1
 except ImportError as error:
     sys.exit(
@@ -106,7 +106,7 @@ def main(argv=None) -> int:
                 )
             model = small_model(tokenizer, vocab_size).to(device)
             label = "Pequeño, con pesos al azar"
-        millions = spanish(model.n_values / 1e6, 1)
+        millions = spanish(n_values(model) / 1e6, 1)
         precision = str(model.dtype).removeprefix("torch.")
         print(
             f"   {label}: {millions} millones de parámetros, {spanish(model.config.vocab_size)} tokens, memoria en las "

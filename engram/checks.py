@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from engram.console import counted, gigabytes, spanish
 from engram.graft import graft_difference
+from engram.opening import n_bytes
 from phi1_engram import (
     CACHE,
     PHI_1,
@@ -189,7 +190,7 @@ def check_padding(model, ids):
 def check_saved(model, ids):
     """Saved to a temporary folder: every tensor read back, and the logits of a stranger who opens it. Both exact."""
     state = model.state_dict()
-    size = model.n_bytes
+    size = n_bytes(model)
     place = tempfile.gettempdir()
     if shutil.disk_usage(place).free < 1.1 * size:
         note(f"No se guarda: hacen falta {gigabytes(1.1 * size)} libres en {place} (cámbialo con la variable TMPDIR).")

@@ -404,12 +404,10 @@ def described(fact: Fact) -> str:
 def facts_read(model, ids) -> torch.Tensor:
     """Which positions of ids [B, T] read a fact's row: bool [B, T]."""
     inner = model.model
-    windows = inner._fact_windows(inner._history(ids, None, None), ids.shape[1])
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    if windows is not None:
-        nothing = ids.new_full((*ids.shape, 1, 1), math.nan, dtype=torch.float32)
-        for overlay in inner.facts.values():
-            if overlay.lengths:
-                width = overlay.rows.shape[-1]
-                found |= overlay(nothing.expand(*ids.shape, 1, width), windows)[..., 0, 0].isfinite()
+    windows, found = inner._windows(ids, None, None, None), torch.zeros_like(ids, dtype=torch.bool)
+    nothing = ids.new_full((*ids.shape, 1, 1), math.nan, dtype=torch.float32)
+    for overlay in inner.facts.values():
+        if overlay.lengths:
+            width = overlay.rows.shape[-1]
+            found |= overlay(nothing.expand(*ids.shape, 1, width), windows)[..., 0, 0].isfinite()
     return found

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from engram.console import UserError, gigabytes, short, spanish
+from engram.memories import MEMORY_FILE
 from engram.opening import explained, find_model, open_checked, open_tokenizer, read_config, where_from
-from phi1_engram import MEMORY_FILE, PHI_1, PhiEngramConfig
+from phi1_engram import PHI_1, PhiEngramConfig
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ ('Assistant: ' if message['role'] == 'assistant' else 'User: ') "

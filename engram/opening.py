@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
-from phi1_engram import MEMORY_FILE, PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
+from engram.memories import MEMORY_FILE, load_memory
+from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -233,7 +234,7 @@ def change_memory(model, name):
     facts = len(model.facts)
     with explained(name):
         try:
-            model.load_memory(name, **where_from(name))
+            load_memory(model, name, **where_from(name))
         except ValueError as error:
             raise UserError(str(error)) from error
     if facts:
@@ -264,3 +265,16 @@ def about_memory(model, name=None) -> str:
 def is_toy(model) -> bool:
     """Whether its Phi is far smaller than any that was published, as the demo's is."""
     return sum(p.numel() for name, p in model.named_parameters() if "engram" not in name) < TOY
+
+
+def n_values(model) -> int:
+    """Parameters, wherever they live; the rows' scales are not counted."""
+    tables = model.model.engram_tables.values()
+    dense = sum(p.numel() for name, p in model.named_parameters() if "engram_tables" not in name)
+    return dense + sum(table.n_rows * table.d_head for table in tables)
+
+
+def n_bytes(model) -> int:
+    """Of all that `save_pretrained` would write."""
+    dense = sum(tensor.nbytes for name, tensor in model.state_dict().items() if "engram_tables" not in name)
+    return dense + sum(table.size(table.dtype) for table in model.model.engram_tables.values())

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from phi1_engram import CHUNK, untouched_zeros
+from phi1_engram import CHUNK
 
 ROW_STATES = ("adam", "fila")
 
@@ -41,6 +42,11 @@ def coalesce(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
 def to_card(tensor: torch.Tensor, device) -> torch.Tensor:
     """From host memory, without waiting for a card."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.is_cpu else tensor
+
+
+def untouched_zeros(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [n_rows, width] in host memory, of which a page takes none until it is written: torch.zeros writes all."""
+    return torch.from_numpy(np.zeros(n_rows * width * dtype.itemsize, np.uint8)).view(dtype).view(n_rows, width)
 
 
 def zeros_beside(rows: torch.Tensor, width: int) -> torch.Tensor:

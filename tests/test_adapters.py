@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import helpers
+from engram.memories import load_memory, remove_memory, save_memory
 from phi1_engram import PhiEngramForCausalLM
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -36,11 +37,11 @@ def with_lora(model, **kw):
 def test_lora_leaves_the_fingerprints_and_the_memory(base, tmp_path):
     lora = with_lora(base)
     assert not torch.equal(logits(lora), logits(base)) and lora.fingerprints() == base.fingerprints()
-    lora.save_memory(tmp_path / "lora"), base.save_memory(tmp_path / "base")
+    save_memory(lora, tmp_path / "lora"), save_memory(base, tmp_path / "base")
     assert helpers.saved_tensors(tmp_path / "lora").keys() == helpers.saved_tensors(tmp_path / "base").keys()
     plain = copy.deepcopy(base)
-    plain.remove_memory()
-    plain.load_memory(tmp_path / "lora")
+    remove_memory(plain)
+    load_memory(plain, tmp_path / "lora")
     assert torch.equal(logits(plain), logits(base))
 
 
@@ -50,11 +51,11 @@ def test_a_memory_goes_in_and_out_under_lora(base, tmp_path):
         for name, parameter in other.named_parameters():
             if "engram" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    other.save_memory(tmp_path)
+    save_memory(other, tmp_path)
     expected = with_lora(other)
-    lora.load_memory(tmp_path)
+    load_memory(lora, tmp_path)
     assert torch.equal(logits(lora), logits(expected))
-    lora.remove_memory()
+    remove_memory(lora)
     with lora.disable_adapter():
         other.model.use_memory = False
         assert torch.equal(logits(lora), logits(other))
@@ -70,28 +71,28 @@ def test_a_memory_trained_as_peft_s_copy_is_the_one_that_is_saved(base, tmp_path
                 if "engram" in name and copies in name:
                     parameter.mul_(2)
     assert lora.fingerprints() == base.fingerprints()  # the head that peft trains is no part of it either
-    lora.save_memory(tmp_path / "lora")
+    save_memory(lora, tmp_path / "lora")
     plain = copy.deepcopy(base)
-    plain.load_memory(tmp_path / "lora")
+    load_memory(plain, tmp_path / "lora")
     assert torch.equal(logits(plain), logits(trained))
     again = with_lora(base, modules_to_save=["engram", *tables])
-    again.load_memory(tmp_path / "lora")
+    load_memory(again, tmp_path / "lora")
     assert torch.equal(logits(again), logits(with_lora(trained)))
     with again.disable_adapter():  # what lies beneath is as it was
         assert torch.equal(logits(again), logits(base))
-        again.save_memory(tmp_path / "off")
-    plain.load_memory(tmp_path / "off")
+        save_memory(again, tmp_path / "off")
+    load_memory(plain, tmp_path / "off")
     assert torch.equal(logits(plain), logits(base))
 
 
 def test_an_adapter_on_the_memory_itself_is_refused(base, tmp_path):
     lora = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["value_proj", "q_proj"]))
-    for act in (lora.save_memory, lora.load_memory):
+    for act in (save_memory, load_memory):
         with pytest.raises(ValueError, match="merge_and_unload"):
-            base.save_memory(tmp_path / "base")
-            act(tmp_path / "base")
+            save_memory(base, tmp_path / "base")
+            act(lora, tmp_path / "base")
     merged = lora.merge_and_unload()
-    merged.save_memory(tmp_path / "merged")
+    save_memory(merged, tmp_path / "merged")
     assert (tmp_path / "merged" / "engram_memory.safetensors").exists()
 
 

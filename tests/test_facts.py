@@ -16,6 +16,7 @@ import load_phi_engram as load
 import phi1_engram
 from engram.console import UserError, run_script
 from engram.facts import FactError, described, forget, teach
+from engram.memories import remove_memory
 from phi1_engram import PhiEngramForCausalLM
 
 LIBRARY = Path(json.__file__).with_name("decoder.py").read_text()
@@ -30,7 +31,7 @@ def fresh(tokenizer, seed=0, **kw):
     """A Phi wide enough to be told something, with an untrained memory."""
     shape = dict(hidden_size=256, intermediate_size=512, n_embed_per_ngram=128, vocab_size=51200)
     model = helpers.make_model(seed, tokenizer=tokenizer, engram_tokenizer_compression=True, **{**shape, **kw})
-    model.remove_memory()
+    remove_memory(model)
     return model
 
 
@@ -250,7 +251,7 @@ def test_training_takes_facts_away_and_says_so(taught, tokenizer, tmp_path, capl
     model.save_pretrained(tmp_path / "después")
     assert "3 recuerdos no se guardan" in caplog.text
     assert not PhiEngramForCausalLM.from_pretrained(tmp_path / "después").facts
-    model.remove_memory()
+    remove_memory(model)
     assert not model.facts
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 import helpers
 from engram.folders import whole_folder
+from engram.memories import save_memory
 from engram.rows import TrainedTables
 from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, PhiEngramModel
 
@@ -281,7 +282,7 @@ def test_files_are_as_readable_as_any_other(make_model, tmp_path, size):
     try:
         model = make_model()
         model.save_pretrained(tmp_path / "it", max_shard_size=size)
-        model.save_memory(tmp_path / "it")
+        save_memory(model, tmp_path / "it")
         with whole_folder(tmp_path / "another") as folder:
             save_file({"a": torch.zeros(3)}, folder / "a.safetensors")
     finally:

@@ -426,4 +426,4 @@ def test_table_and_hash_stand_alone(make_config):
     constants = EngramHash(make_config())
     with torch.no_grad():
         constants.reset_buffers()
-    assert constants(torch.tensor([[0, 0, 5, 6]])).shape == (2, 1, 2, 8)
+    assert constants(constants.windows(torch.tensor([[0, 0, 5, 6]]), 3)).shape == (2, 1, 2, 8)

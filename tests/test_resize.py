@@ -8,6 +8,7 @@ from transformers import PhiForCausalLM
 
 import helpers
 from engram import checks
+from engram.memories import load_memory, remove_memory, save_memory
 from phi1_engram import PhiEngramForCausalLM, hash_multipliers
 
 SIZES = pytest.mark.parametrize("size", [300, 321, 400])
@@ -118,18 +119,18 @@ def test_the_pad_token_cannot_be_lost(make_model):
 
 def test_a_memory_saved_before_the_vocabulary_grew(make_model, tmp_path):
     model = make_model()
-    model.save_memory(tmp_path)
+    save_memory(model, tmp_path)
     grown = resized(model, 333)
     ids = helpers.random_ids(grown, 2, 20)
     expected = logits(grown, ids)
-    grown.remove_memory()
+    remove_memory(grown)
     assert not torch.equal(logits(grown, ids), expected)
-    grown.load_memory(tmp_path)
+    load_memory(grown, tmp_path)
     assert torch.equal(logits(grown, ids), expected)
     with torch.no_grad():
         grown.model.embed_tokens.weight[:320].neg_()  # the tokens that were there are others
     with pytest.raises(ValueError, match="sobre otro Phi"):
-        grown.load_memory(tmp_path)
+        load_memory(grown, tmp_path)
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["raw ids", "compressed"])
@@ -139,12 +140,12 @@ def test_a_memory_of_a_larger_vocabulary_says_so(make_model, tmp_path, tokenizer
         kw = dict(vocab_size=51200, tokenizer=tokenizer, num_hidden_layers=2, engram_layer_ids=[1])
     model = make_model(engram_tokenizer_compression=compressed, engram_pad_id=7, **kw)
     size = model.config.vocab_size
-    model.save_memory(tmp_path / "before")
+    save_memory(model, tmp_path / "before")
     shrunk = resized(model, size - 900 if compressed else 300)  # ids without a token, or tokens
     before = {name: tensor.clone() for name, tensor in shrunk.state_dict().items()}
     with pytest.raises(ValueError, match=f"de {size} tokens, y este modelo tiene .* carga la memoria antes"):
-        shrunk.load_memory(tmp_path / "before")
+        load_memory(shrunk, tmp_path / "before")
     assert all(torch.equal(tensor, before[name]) for name, tensor in shrunk.state_dict().items())
-    resized(model, size + 5).save_memory(tmp_path / "grown")
+    save_memory(resized(model, size + 5), tmp_path / "grown")
     with pytest.raises(ValueError, match=f"de {size + 5} tokens, y este modelo tiene {size}"):
-        model.load_memory(tmp_path / "grown")
+        load_memory(model, tmp_path / "grown")

@@ -11,6 +11,7 @@ import torch
 
 import helpers
 import train_phi_engram as train
+from engram.memories import load_memory, remove_memory
 from engram.opening import open_model
 from phi1_engram import PhiEngramForCausalLM
 
@@ -34,9 +35,9 @@ def test_a_memory_gives_its_model_back():
     """Phase 2 changed Phi, so only the model that the memory was trained with takes it."""
     model, tokenizer = open_model(SAVED / "entrenado", torch.float32)
     expected = logits(model, tokenizer)
-    model.remove_memory()
+    remove_memory(model)
     assert not torch.equal(logits(model, tokenizer), expected)
-    model.load_memory(SAVED / "memoria")
+    load_memory(model, SAVED / "memoria")
     assert torch.equal(logits(model, tokenizer), expected)
 
 

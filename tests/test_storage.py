@@ -22,6 +22,7 @@ import phi1_engram
 import train_phi_engram as train_script
 import verify_phi_engram as verify_script
 from engram.console import run_script
+from engram.memories import load_memory, remove_memory, save_memory
 from engram.opening import open_model
 from hub import Hub
 from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, TableFile, pack, unpack
@@ -309,9 +310,9 @@ def test_many_chunks_are_one_table(saved, tmp_path, monkeypatch):
             assert torch.equal(logits(opened(tmp_path / name, "ram"), ids), expected[precision])
     narrowed = opened(folders["float32"], "ram", dtype=torch.float16)
     assert torch.equal(narrowed.model.engram_tables["1"].weight, model.model.engram_tables["1"].weight.half())
-    from_disk.save_memory(tmp_path / "memory")
-    from_disk.remove_memory()
-    from_disk.load_memory(tmp_path / "memory")
+    save_memory(from_disk, tmp_path / "memory")
+    remove_memory(from_disk)
+    load_memory(from_disk, tmp_path / "memory")
     assert torch.equal(logits(from_disk, ids), expected["float32"])
 
 
@@ -398,7 +399,7 @@ def test_rows_whose_dense_weights_are_missing_are_not_read(make_model, tmp_path)
     """Beside new projections they would mean nothing: that layer's memory is an untrained one, and it is said."""
     model = make_model(attn="sdpa")
     model.save_pretrained(tmp_path)
-    path, lost = tmp_path / "model.safetensors", "model.layers.2.engram.value_proj.weight"
+    path, lost = tmp_path / helpers.DENSE_FILE, "model.layers.2.engram.value_proj.weight"
     tensors = load_file(path)
     del tensors[lost]
     save_file(tensors, path, {"format": "pt"})
@@ -493,12 +494,12 @@ def test_memories_are_swapped_on_one_backbone(trained, tmp_path):
     first, second = trained
     ids = helpers.random_ids(first, 2, 30)
     expected = logits(first, ids), logits(second, ids)
-    first.save_memory(tmp_path / "first"), second.save_memory(tmp_path / "second")
-    first.load_memory(tmp_path / "second")
+    save_memory(first, tmp_path / "first"), save_memory(second, tmp_path / "second")
+    load_memory(first, tmp_path / "second")
     assert torch.equal(logits(first, ids), expected[1])
-    first.load_memory(tmp_path / "first")
+    load_memory(first, tmp_path / "first")
     assert torch.equal(logits(first, ids), expected[0])
-    first.remove_memory()
+    remove_memory(first)
     without = logits(first, ids)
     first.model.use_memory = False
     assert torch.equal(logits(first, ids), without)
@@ -513,8 +514,8 @@ def test_memory_from_any_place_and_precision(trained, tmp_path, precision, dtype
     second.save_pretrained(tmp_path / "second", engram_precision=precision)
     there = {name: opened(tmp_path / name, "disco", dtype=dtype) for name in ("first", "second")}
     expected = logits(there["second"], ids)
-    there["second"].save_memory(tmp_path / "memory")
-    there["first"].load_memory(tmp_path / "memory")
+    save_memory(there["second"], tmp_path / "memory")
+    load_memory(there["first"], tmp_path / "memory")
     assert torch.equal(logits(there["first"], ids), expected) and there["first"].memory_place == "ram"
 
 
@@ -525,7 +526,7 @@ def test_the_file_follows_the_rows_trained(make_model, tmp_path):
         with torch.no_grad():
             for table in model.model.engram_tables.values():
                 table.weight[50:] = 0
-        model.save_memory(tmp_path)
+        save_memory(model, tmp_path)
         sizes.append((tmp_path / "engram_memory.safetensors").stat().st_size)
         with safe_open(tmp_path / "engram_memory.safetensors", "pt") as file:
             assert file.get_tensor("1.rows").shape == (50, 4)
@@ -552,12 +553,12 @@ def _other_hash(model):
 )
 def test_a_memory_of_another_model_is_refused_and_nothing_changes(trained, tmp_path, change, reason):
     first, second = trained
-    second.save_memory(tmp_path)
+    save_memory(second, tmp_path)
     change(first)
     ids = helpers.random_ids(first, 1, 20)
     before = logits(first, ids)
     with pytest.raises(ValueError, match=reason):
-        first.load_memory(tmp_path)
+        load_memory(first, tmp_path)
     assert torch.equal(logits(first, ids), before)
 
 
@@ -577,11 +578,12 @@ HUB_TRIP = """
 import sys, torch
 from huggingface_hub import HfApi
 from phi1_engram import PhiEngramForCausalLM
+from engram.memories import load_memory
 folder, memory, ids, logits = sys.argv[1:]
 HfApi().create_repo("usuario/memoria", private=True)
 HfApi().upload_folder(repo_id="usuario/memoria", folder_path=memory)
 model = PhiEngramForCausalLM.from_pretrained(folder, engram_storage="disco")
-model.load_memory("usuario/memoria")
+load_memory(model, "usuario/memoria")
 with torch.no_grad():
     torch.save(model(torch.load(ids)).logits, logits)
 """
@@ -590,7 +592,7 @@ with torch.no_grad():
 def test_memory_goes_to_the_hub_and_comes_back(trained, tmp_path):
     first, second = trained
     ids = helpers.random_ids(first, 1, 20)
-    first.save_pretrained(tmp_path / "first"), second.save_memory(tmp_path / "memory")
+    first.save_pretrained(tmp_path / "first"), save_memory(second, tmp_path / "memory")
     torch.save(ids, tmp_path / "ids.pt")
     with Hub() as hub:
         done = subprocess.run(

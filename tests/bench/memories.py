@@ -23,9 +23,10 @@ import engram.training as training
 from engram.console import SpanishParser, gigabytes, run_script, spanish
 from engram.corpus import prepare_corpus
 from engram.graft import load_phi_1_with_engram
+from engram.memories import MEMORY_FILE, load_memory, remove_memory, save_memory
 from engram.opening import open_model, quiet
 from engram.steps import evaluate
-from phi1_engram import MEMORY_FILE, PRECISIONS
+from phi1_engram import PRECISIONS
 
 PACKAGES = ("sympy", "transformers")
 TOKENS = 3_000_000  # of each package, at most
@@ -64,12 +65,12 @@ def swapped(name, work, steps: int) -> dict:
         print(f"\n{corpus.describe()}")
         training.train_model(model, tokenizer, corpus, recipe, work / f"entrenado-{package}", save_every=10**9)
         folders[package] = work / package
-        model.save_memory(folders[package])
+        save_memory(model, folders[package])
     rows = {}
-    model.remove_memory()
+    remove_memory(model)
     for memory in ("ninguna", *PACKAGES):
         if memory != "ninguna":
-            model.load_memory(folders[memory])
+            load_memory(model, folders[memory])
         rows[memory] = {package: loss(model, corpus) for package, corpus in corpora.items()}
     print(f"\n| memoria | {' | '.join(f'código de {package}' for package in PACKAGES)} | archivo |")
     print("|" + " --- |" * (len(PACKAGES) + 2))

@@ -99,10 +99,7 @@ class LlamaReader(Reader):
 
     def put(self, facts):
         self.told = [*facts]
-        self.overlay.__init__()
-        if facts:
-            lengths = torch.tensor([fact.length for fact in facts for _ in fact.keys])
-            self.overlay.set(torch.cat([f.keys for f in facts]), lengths, torch.cat([f.rows for f in facts]))
+        self.overlay.set(self.told)
 
     def digests(self):
         return {}

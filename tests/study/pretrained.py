@@ -277,13 +277,10 @@ class Memory(nn.Module):
 
     def read_ids(self, _, args, kwargs):
         ids = args[0] if args else kwargs["input_ids"]
-        length, shortest = ids.shape[1], self.hash.max_ngram_size - 1
         whole = ids if self.before is None else torch.cat((self.before, ids), 1)
         history = F.pad(whole, (LONGEST_KEY, 0), value=-1) + 1
-        indices = self.hash(history[:, -(length + shortest) :])  # [L, B, T, H]
-        history = history[:, -(length + LONGEST_KEY - 1) :]
-        canonical = self.hash.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
-        self.windows = canonical.unfold(1, LONGEST_KEY, 1)
+        self.windows = self.hash.windows(history[:, -(ids.shape[1] + LONGEST_KEY - 1) :], LONGEST_KEY)
+        indices = self.hash(self.windows)  # [L, B, T, H]
         self.row_ids = (indices * (not self.one_row)) + self.hash.offsets[:, None, None]
 
     def add(self, place, layer):
