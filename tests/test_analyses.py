@@ -9,8 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import engram.analyses as analyses
+import engram.choices as choices
 import engram.corpus as corpora
 import engram.pictures as pictures
 import engram.probes as probes
@@ -18,7 +20,7 @@ import engram.report as reports
 import helpers
 import verify_phi_engram
 from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
-from engram.console import UserError, run_script
+from engram.console import UserError, run_script, spanish
 from engram.probes import KINDS, label_tokens
 from engram.steps import Recipe, evaluate
 from helpers import make_phi, phi_state_dict, random_ids
@@ -536,3 +538,40 @@ def test_shuffled_rows_are_those_of_other_ngrams_of_the_same_head(make_model):
     straight, moved, _ = (rows - first for rows in read)
     assert torch.equal(moved, (straight + primes // 2) % primes) and not torch.equal(moved, straight)
     assert torch.equal(before, again) and not torch.equal(before, shuffled)
+
+
+def test_what_the_demo_tells_of_first_choices(models, small_tokenizer):
+    """Shares and examples are those of each model's logits, block by block; the gain is the twin's loss less ours."""
+    from engram.opening import open_model
+
+    model, tokenizer = open_model(str(models / "uno"))
+    twin = reports.open_twin(str(models / "uno-control"), model, tokenizer)
+    tokens = np.array(tokenizer(CODE * 20).input_ids)[: 6 * 32 + 5]
+    text, gain, error = choices.told(model, twin, tokenizer, tokens, 32)
+    blocks, right, losses = torch.from_numpy(tokens[: 6 * 32]).view(6, 32), {}, {}
+    for name, one, memory in (("on", model, True), ("off", model, False), ("twin", twin, None)):
+        if memory is not None:
+            one.model.use_memory = memory
+        with torch.no_grad():
+            logits = one(blocks).logits[:, :-1].float()
+        right[name] = logits.argmax(-1) == blocks[:, 1:]
+        losses[name] = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
+    model.model.use_memory = True
+    for name in right:
+        assert f"{spanish(100 * right[name].double().mean().item(), 2)} %" in text
+    # float32 means of 186 losses in another order
+    assert gain == pytest.approx((losses["twin"] - losses["on"]).mean().item(), abs=1e-4) and error > 0
+    saved, lost = ((right[a] & ~right[b]).sum().item() for a, b in (("on", "off"), ("off", "on")))
+    assert f"acierta {saved} que apagada falla, y falla {lost} que" in text and "en cuántos de los 186 tokens" in text
+    assert text.startswith("Un nat es la unidad") and model.model.use_memory
+
+    found = choices.choices(model, blocks)
+    other = choices.Choices(found.first.roll(1, 0), found.chance, found.loss + 1)
+    for block, at in choices.pick(blocks, found, other, 3):
+        assert found.first[block, at] == blocks[block, at + 1] != other.first[block, at] and at >= 8
+    surely = choices.Choices(blocks[:, 1:].clone(), found.chance, torch.zeros_like(found.loss))
+    never = choices.Choices(blocks[:, 1:] + 1, found.chance, torch.arange(186.0).view(6, 31))
+    places = choices.pick(blocks, surely, never, 3)
+    assert places[0] == (5, 30) and len({blocks[b, a + 1].item() for b, a in places}) == 3
+    shown = choices.example(tokenizer, blocks, places[0], surely, never)
+    assert f"y viene {tokenizer.decode([blocks[5, 31].item()])!r}" in shown and "sin ella, " in shown

@@ -356,3 +356,16 @@ def test_max_tokens_is_kept_to_the_token(tmp_path, tokenizer):
         assert len(corpus.train) + len(corpus.held_out) == min(limit, everything)
         # Bytes of the cut text are those of its tokens: a little more or less per token than of the whole
         assert corpus.bytes_per_token == pytest.approx(whole.bytes_per_token, rel=0.2)
+
+
+def test_a_corpus_that_is_too_small_says_how_much_is_needed(tmp_path, tokenizer):
+    (tmp_path / "uno.py").write_text("name = 1\n" * 100)
+    with pytest.raises(UserError) as told:
+        corpora.prepare_corpus(tokenizer, tmp_path, length=64)
+    there = len(tokenizer("name = 1\n" * 100).input_ids) + 1
+    size = round(20 * 64 * 900 / there / 1000)
+    assert f"hay {there} tokens y con bloques de 64 hacen falta unos 1.280 ({size} kB" in str(told.value)
+    assert f"baja --longitud a {there // 20} o menos" in str(told.value) and "--max-tokens" not in str(told.value)
+    corpora.prepare_corpus(tokenizer, tmp_path, length=there // 20 - 1)
+    with pytest.raises(UserError, match="o sube --max-tokens"):
+        corpora.prepare_corpus(tokenizer, tmp_path, length=64, max_tokens=100)

@@ -432,3 +432,18 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=f"{name}/ ya existe"):
             demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
         (tmp_path / name).rename(tmp_path / f"{name}-1")
+
+
+def test_a_loss_of_few_tokens_is_marked():
+    row = dict(name="x", loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+    assert "medido en solo 10 tokens: no te fíes" in share.result_line(dict(row, tokens=10))
+    assert "en solo 1 token:" in share.result_table([dict(row, tokens=1)])
+    for enough in (dict(row, tokens=share.FEW), row):
+        assert "no te fíes" not in share.result_line(enough) + share.result_table([enough])
+
+
+def test_a_memory_that_hurts_and_a_control_that_ties():
+    assert "La memoria estorba" in share.memory_line(dict(on=2.0, off=1.9, shuffled=2.0))
+    assert "no ha aprendido nada" in share.memory_line(dict(on=2.0, off=2.001, shuffled=2.0))
+    for loss, words in ((2.0, "empata con él"), (2.1, "le gana por 0,100"), (1.9, "pierde con él por 0,100")):
+        assert words in share.against_control(dict(loss=loss), dict(loss=2.0))
