@@ -371,8 +371,6 @@ class EngramHash(nn.Module):
 
 
 TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
-FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
-WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 PLACES = ("auto", "gpu", "ram", "disco")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -744,6 +742,7 @@ class EngramTable(nn.Module):
 
 
 LONGEST_KEY = 12  # canonical tokens; the cache keeps one less
+FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
 TOLD = ("prompt", "target", "layer", "length")  # of a fact, in FACTS_FILE beside its notes
 
 
@@ -1101,6 +1100,7 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{no_gpu} y solo hay {room} libres en RAM"
 
 
+WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 MADE_FOR = {
     "projection": "otra proyección del vocabulario (otro tokenizer)",
     "hash": "otra forma de memoria (capas, tamaños o semilla)",
