@@ -4,8 +4,8 @@
     model = PhiEngramForCausalLM.from_pretrained("phi1-engram")           # a folder made by load_phi_engram.py
     model = PhiEngramForCausalLM(PhiEngramConfig(hidden_size=256, num_hidden_layers=2))     # or from scratch
 
-The file is read in the order in which data flows: configuration, vocabulary projection, n-gram hash, table,
-Engram layer, Phi with rotary attention, language model.
+The file is read in the order in which data flows: configuration, vocabulary projection, n-gram hash, table, facts,
+Engram layer, Phi with rotary attention, checkpoints, language model.
 
 Sources cited below: "paper" is Cheng et al., 2026, "Conditional Memory via Scalable Lookup: A New Axis of Sparsity
 for Large Language Models" (arXiv 2601.07372); "demo" is engram_demo_v1.py in deepseek-ai/Engram.
@@ -64,8 +64,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 PHI_1 = "microsoft/phi-1"
-# What transformers calls the cache in calls and outputs: a new name since 5.24. Both are understood here, the old one
-# with the warning that its own models give.
+# What transformers calls the cache: a new name since 5.24. Both are understood, the old one with its models' warning.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if CACHE == "cache" else lambda f: f
 END_OF_TEXT = 50256  # <|endoftext|> in Phi-1's tokenizer; its published config names no stop token
@@ -224,13 +223,11 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
     """
     from tokenizers import Regex, normalizers
 
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"El tokenizer tiene {len(tokenizer)} tokens y el modelo solo vocab_size={vocab_size}: no es el tokenizer "
-            "de este modelo. Indica el suyo con tokenizer_name_or_path o pásalo como tokenizer=…"
-        )
-    if pad_id >= len(tokenizer):
-        raise ValueError(f"engram_pad_id={pad_id} no es un token del tokenizer, que va de 0 a {len(tokenizer) - 1}.")
+    n_tokens = len(tokenizer)
+    if n_tokens > vocab_size:
+        raise ValueError(f"El tokenizer tiene {n_tokens} tokens y el modelo solo vocab_size={vocab_size}: usa el suyo.")
+    if pad_id >= n_tokens:
+        raise ValueError(f"engram_pad_id={pad_id} no es un token del tokenizer, que va de 0 a {n_tokens - 1}.")
     one_space = "\ue000"  # private-use character: survives Strip, which would delete a lone space
     normalizer = normalizers.Sequence(
         [
@@ -245,7 +242,7 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
         ]
     )
     canonical, projection = {}, []
-    for token_id in range(len(tokenizer)):
+    for token_id in range(n_tokens):
         text = tokenizer.decode([token_id], skip_special_tokens=False)
         raw = "\ufffd" in text  # a part of a character
         key = tokenizer.convert_ids_to_tokens(token_id) if raw else normalizer.normalize_str(text) or text
@@ -374,8 +371,6 @@ class EngramHash(nn.Module):
 
 
 TABLE_FILE = "model-engram-{}.safetensors"  # the rows of one layer
-FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
-WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 PLACES = ("auto", "gpu", "ram", "disco")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -747,6 +742,7 @@ class EngramTable(nn.Module):
 
 
 LONGEST_KEY = 12  # canonical tokens; the cache keeps one less
+FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
 TOLD = ("prompt", "target", "layer", "length")  # of a fact, in FACTS_FILE beside its notes
 
 
@@ -893,10 +889,7 @@ class EngramLayer(nn.Module):
         generator = torch.Generator().manual_seed((seed * 10007 + layer_idx) * 2 + place)
         return torch.empty(self.key_proj.weight.shape).normal_(0, std, generator=generator)
 
-    def forward(
-        self, hidden: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None, cache: Cache | None = None,
-        reach: torch.LongTensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, hidden, rows, real=None, cache: Cache | None = None, reach=None) -> torch.Tensor:
         """
         Args:
             hidden: [B, T, d]. rows: [B, T, H, d_head]. cache: keeps the last conv inputs.
@@ -1057,80 +1050,8 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: ids -> hidden -> logits, loss
+# Checkpoints: folder or name on the Hub <-> weights, with the rows in the place where they fit
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | None:
-    """Which of the last `n_tokens` tokens are no padding: bool [B, T], or None when nothing says that any is.
-
-    Args:
-        attention_mask: [B, S]; or [B, 1, T, S] (bool, or float with 0 for "attend"): a real token attends to itself.
-        past_length: tokens in the cache, an int or an int64 tensor.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim == 2:
-        return attention_mask[:, -n_tokens:].bool()
-    device = attention_mask.device
-    own = (torch.arange(n_tokens, device=device) + past_length).expand(attention_mask.shape[0], -1)[..., None]
-    diagonal = attention_mask[:, 0].gather(-1, own)[..., 0]  # [B, T]
-    return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
-
-
-def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int):
-    """Raise ValueError where ids are missing, do not fit the vectors beside them, or are no tokens.
-
-    Looking at ids on a card is a wait for it: there an embedding's own check is left to find them, unless vectors take
-    its place.
-    """
-    if input_ids is None:
-        raise ValueError("Falta input_ids: la memoria Engram se consulta con los tokens. Pásalos con inputs_embeds.")
-    if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
-        raise ValueError(
-            f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
-            "token por vector, engram_pad_id si no viene de ninguno."
-        )
-    if torch.compiler.is_compiling() or not input_ids.numel():
-        return
-    if input_ids.device.type == "cpu" or (inputs_embeds is not None and input_ids.device.type != "meta"):
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"input_ids tiene {low if low < 0 else high}, que no es un token: van de 0 a vocab_size-1="
-                f"{vocab_size - 1}. El relleno se marca en attention_mask y lo que no cuenta, con -100, en labels."
-            )
-
-
-def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
-    """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
-    places = torch.arange(n_tokens, device=cu_seq_lens.device)
-    return (places - cu_seq_lens[torch.searchsorted(cu_seq_lens, places, right=True) - 1])[None]
-
-
-def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTensor | None:
-    """How many tokens back each token's own text begins, by the caller's positions: int64 [B or 1, T].
-
-    A text begins where positions begin again. What the cache holds belongs to the first token's text as far back as
-    its position says. None where all that is within `longest` is of one text; on a card that would be a wait for it,
-    so there nobody looks.
-
-    Args:
-        position_ids: int64 [B or 1, T]. real, past_length: see `real_tokens`.
-    """
-    first = position_ids[:, :1]
-    begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
-    if real is not None:
-        begins = begins & real[:, 1:].to(begins.device)
-    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not begins.any() and first.min() >= min(longest, int(past_length)):
-            return None
-    if position_ids.shape[1] == 1:
-        return position_ids
-    places = torch.arange(position_ids.shape[1], device=begins.device)
-    # Where the text of each token begins: a place in this call, or before it.
-    origin = torch.cat((-first.expand(len(begins), 1), places[1:].where(begins, -first)), dim=1).cummax(dim=1).values
-    return places - origin
 
 
 def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -1179,6 +1100,7 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{no_gpu} y solo hay {room} libres en RAM"
 
 
+WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 MADE_FOR = {
     "projection": "otra proyección del vocabulario (otro tokenizer)",
     "hash": "otra forma de memoria (capas, tamaños o semilla)",
@@ -1426,6 +1348,83 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The model: ids -> hidden -> logits, loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def real_tokens(attention_mask, n_tokens: int, past_length) -> torch.Tensor | None:
+    """Which of the last `n_tokens` tokens are no padding: bool [B, T], or None when nothing says that any is.
+
+    Args:
+        attention_mask: [B, S]; or [B, 1, T, S] (bool, or float with 0 for "attend"): a real token attends to itself.
+        past_length: tokens in the cache, an int or an int64 tensor.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -n_tokens:].bool()
+    device = attention_mask.device
+    own = (torch.arange(n_tokens, device=device) + past_length).expand(attention_mask.shape[0], -1)[..., None]
+    diagonal = attention_mask[:, 0].gather(-1, own)[..., 0]  # [B, T]
+    return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+
+
+def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int):
+    """Raise ValueError where ids are missing, do not fit the vectors beside them, or are no tokens.
+
+    Looking at ids on a card is a wait for it: there an embedding's own check is left to find them, unless vectors take
+    its place.
+    """
+    if input_ids is None:
+        raise ValueError("Falta input_ids: la memoria Engram se consulta con los tokens. Pásalos con inputs_embeds.")
+    if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
+            "token por vector, engram_pad_id si no viene de ninguno."
+        )
+    if torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    if input_ids.device.type == "cpu" or (inputs_embeds is not None and input_ids.device.type != "meta"):
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids tiene {low if low < 0 else high}, que no es un token: van de 0 a vocab_size-1="
+                f"{vocab_size - 1}. El relleno se marca en attention_mask y lo que no cuenta, con -100, en labels."
+            )
+
+
+def packed_positions(cu_seq_lens: torch.Tensor, n_tokens: int) -> torch.LongTensor:
+    """Cumulative lengths [n_texts + 1] of the texts in one row, as flash attention takes them -> positions [1, T]."""
+    places = torch.arange(n_tokens, device=cu_seq_lens.device)
+    return (places - cu_seq_lens[torch.searchsorted(cu_seq_lens, places, right=True) - 1])[None]
+
+
+def text_reach(position_ids, real, past_length, longest: int) -> torch.LongTensor | None:
+    """How many tokens back each token's own text begins, by the caller's positions: int64 [B or 1, T].
+
+    A text begins where positions begin again. What the cache holds belongs to the first token's text as far back as
+    its position says. None where all that is within `longest` is of one text; on a card that would be a wait for it,
+    so there nobody looks.
+
+    Args:
+        position_ids: int64 [B or 1, T]. real, past_length: see `real_tokens`.
+    """
+    first = position_ids[:, :1]
+    begins = position_ids[:, 1:] <= position_ids[:, :-1].clamp_min(0)
+    if real is not None:
+        begins = begins & real[:, 1:].to(begins.device)
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not begins.any() and first.min() >= min(longest, int(past_length)):
+            return None
+    if position_ids.shape[1] == 1:
+        return position_ids
+    places = torch.arange(position_ids.shape[1], device=begins.device)
+    # Where the text of each token begins: a place in this call, or before it.
+    origin = torch.cat((-first.expand(len(begins), 1), places[1:].where(begins, -first)), dim=1).cummax(dim=1).values
+    return places - origin
+
+
 class PhiEngramModel(PhiEngramPreTrainedModel):
     """Phi's decoder stack with memory: ids -> last hidden state."""
 
@@ -1512,13 +1511,13 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
 
     def _check_writable(self):
         """Raise ValueError where a forward pass of training would train rows that can only be read."""
-        trained = [i for i in self.config.engram_layer_ids if self.layers[i].engram.value_proj.weight.requires_grad]
-        learns = self.training and torch.is_grad_enabled()
-        if learns and not all(self.engram_tables[str(i)].writable for i in trained):
-            raise ValueError(
-                "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela en 'ram', y en "
-                "float32: python load_phi_engram.py --modelo CARPETA --precision-memoria float32 --salida OTRA"
-            )
+        for layer_id in self.config.engram_layer_ids if self.training and torch.is_grad_enabled() else ():
+            trained = self.layers[layer_id].engram.value_proj.weight.requires_grad
+            if trained and not self.engram_tables[str(layer_id)].writable:
+                raise ValueError(
+                    "Esta memoria solo se puede leer (está en disco o en int8) y así no aprende. Ábrela en 'ram', y en "
+                    "float32: python load_phi_engram.py --modelo CARPETA --precision-memoria float32 --salida OTRA"
+                )
 
     def _expect(self, indices: dict[int, torch.LongTensor], hidden: torch.Tensor, cache: Cache | None):
         """Begin to bring the rows; where the memory is off, leave in the cache that it added nothing."""
@@ -1752,7 +1751,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             eos = torch.as_tensor(-1 if option("eos_token_id") is None else option("eos_token_id"))
             mask = None if (eos == int(pad)).any() else ids != pad  # so transformers tells padding without a mask
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise ValueError('Hay filas rellenadas por la derecha. Antes: tokenizer.padding_side = "left".')
+            raise ValueError('Hay filas rellenadas por la derecha. Por la izquierda: tokenizer.padding_side = "left".')
         try:
             return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
