@@ -118,7 +118,7 @@ def prepare_corpus(
         train, held_out, bytes_per_token = train[:cut], train[cut:], sum(meta["bytes"]) / sum(meta["tokens"])
     if len(train) < length or len(held_out) < length:
         there, need = sum(meta["tokens"]), HELD_OUT_SHARE * length
-        size = need * sum(meta["bytes"]) / there / 1000
+        size = max(1, need * sum(meta["bytes"]) / there / 1000)
         shorter = f" o baja --longitud a {there // HELD_OUT_SHARE} o menos" if there >= 2 * HELD_OUT_SHARE else ""
         limit = " o sube --max-tokens" if max_tokens and there >= max_tokens else ""
         raise UserError(

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from engram.memories import MEMORY_FILE, load_memory
-from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM
+from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM, unpack
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -256,9 +256,13 @@ def about_memory(model, name=None) -> str:
     """Where the memory is and why, as one Spanish line; with `name`, also whose it is and whether it has learned."""
     whose = ""
     if name is not None:
-        # Of a fresh graft the convolutions are zero, and a first step of training changes them.
-        trained = any(model.model.layers[i].engram.conv.weight.any() for i in model.config.engram_layer_ids)
-        whose = f" de {name}, {'encendida' if trained else 'sin entrenar: aún no cambia nada'};"
+        # A fresh graft is all zeros but for its projections. Tables on disk are not read through for this.
+        tables = {} if model.memory_place == "disco" else model.model.engram_tables
+        trained = any(model.model.layers[i].engram.conv.weight.any() for i in model.config.engram_layer_ids) or any(
+            unpack(chunk).any() for table in tables.values() for chunk in table.chunks(table.dtype)
+        )
+        empty = "sin entrenar, solo con recuerdos" if model.facts else "sin entrenar: aún no cambia nada"
+        whose = f" de {name}, {'encendida' if trained else empty};"
     return f"Memoria{whose} en {model.memory_place}: {model.memory_reason}."
 
 

@@ -300,7 +300,7 @@ def duration(hours: dict[int, float], choice, machine) -> str:
     """How long this very training would take. `hours`: of each phase that runs, per million tokens."""
     per_step = choice.tokens * choice.accumulate * machine.cards
     if choice.corpus is None and any(choice.asked[phase - 1] is None for phase in hours):
-        return "Cuánto tarda depende de cuánto texto haya, que no se sabe: mira abajo las horas por millón de tokens."
+        return "Cuánto tarda depende de cuánto texto haya; abajo, por millón de tokens."
     steps = steps_of_phases(*choice.asked, int(choice.corpus or 0), per_step)
     tokens = {phase: steps[phase - 1] * per_step for phase in hours}
     parts = {phase: tokens[phase] * hours[phase] / 1e6 for phase in hours}
@@ -311,8 +311,8 @@ def duration(hours: dict[int, float], choice, machine) -> str:
     each = "; ".join(f"fase {phase}, {said(parts[phase])}" for phase in parts) if len(parts) > 1 else ""
     guess = "" if None not in choice.asked else f", si el texto tiene {spanish(TOKEN_BYTES, 1)} bytes por token"
     return (
-        f"Este entrenamiento: alrededor de {said(sum(parts.values()))}{f' ({each})' if each else ''}, para "
-        f"{spanish(sum(tokens.values()) / 1e6, 2)} millones de tokens{guess}."
+        f"Este entrenamiento: alrededor de {said(sum(parts.values()))}{f' ({each})' if each else ''}.\n"
+        f"  Son {spanish(sum(tokens.values()) / 1e6, 2)} millones de tokens{guess}."
     )
 
 

@@ -114,7 +114,7 @@ def plot_losses(
     axes.set(xlabel="paso", ylabel="pérdida (nats por token)")
     title = "Phi con memoria Engram\nLas curvas y los puntos son de textos distintos: no se comparan entre sí"
     axes.set_title(title, size=10)
-    axes.yaxis.set_major_formatter(lambda value, place: spanish(value, 1))
+    axes.yaxis.set_major_formatter(lambda value, place: short(round(value, 4)))
     axes.margins(x=0.06, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -238,8 +238,8 @@ def test_dataset_rows_become_documents(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     corpus = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16)
     assert corpus.documents == 80 and asked == [("ana/codigo", "train", True)]
-    fewer = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=1)
-    assert fewer.documents == 64  # read in groups; no further group is asked for
+    fewer = corpora.prepare_corpus(tokenizer, dataset="ana/codigo", length=16, max_tokens=3000)
+    assert len(fewer.train) + len(fewer.held_out) == 3000 and fewer.documents < 30
     with pytest.raises(UserError, match="columna de texto"):
         corpora.prepare_corpus(tokenizer, dataset="ana/otro")
 

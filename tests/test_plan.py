@@ -244,14 +244,14 @@ def test_what_is_printed_first_is_the_verdict(tmp_path):
     """Then the command and the hours of this training; what is not known is no ✅."""
     (tmp_path / "uno.py").write_text("x = 1\n" * 200_000)  # 1.2 MB
     said = plan(*from_args(train_script.parse(["--plan", "T4", "--datos", str(tmp_path)])))
-    title, first, second, command_line, hours, *detail = said.splitlines()
+    title, first, second, command_line, hours, tokens, *detail = said.splitlines()
     assert title.startswith("Plan para phi1-engram en t4 ") and "Fase 1: " in first and "Fase 2: " in second
     assert "train_phi_engram.py" in command_line and hours.startswith("Este entrenamiento: alrededor de ")
     disk = said.split("\ndisco")[1].split("hay sin dato")[1].splitlines()[0]
     assert "✅" not in disk and disk.count("?") == 2
     # 1.2e6 bytes / 3.2 * 19/20 = 356,250 tokens; steps are whole, of 8,192 tokens: 43 and 5 of them
-    assert "para 0,39 millones de tokens" in hours and "fase 1, " in hours and "3,2 bytes por token" in hours
+    assert "Son 0,39 millones de tokens" in tokens and "fase 1, " in hours and "3,2 bytes por token" in tokens
     exact = plan(*from_args(train_script.parse(["--plan", "t4", "--pasos-fase1", "10", "--pasos-fase2", "0"])))
-    assert "para 0,08 millones de tokens." in exact and "bytes por token" not in exact
+    assert "Son 0,08 millones de tokens." in exact and "bytes por token" not in exact
     unknown = plan(*from_args(train_script.parse(["--plan", "t4", "--dataset", "ana/codigo"])))
     assert "depende de cuánto texto haya" in unknown

@@ -680,7 +680,7 @@ def test_verify_and_chat_take_the_place_and_another_memory(here, capsys):
         assert run(chat_script, *more, *options) == 0
         said = capsys.readouterr()
         answers.append(said.out)
-    assert answers[0] == answers[1] and "Memoria de alone, encendida; en disco: " in said.err
+    assert answers[0] == answers[1] and "Memoria de alone, encendida; en " in said.err
     assert run(chat_script, "--modelo", "trained", "--memoria", "disc") == 2
     assert run(verify_script, "--memoria", "disco") == 2
 

@@ -335,7 +335,7 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, mo
         (["--datos", ""], "--datos está vacío"),
         (["--datos", "no-existe"], "No existe «no-existe»"),
         (["--tasas", "nan"], "--tasas nan"),
-        (["--tasas", "0,3"], "0.3"),
+        (["--tasas", "0,x"], "«0,x» no es un número"),
         (["--semilla", "-1"], "--semilla -1"),
         (["--pasos-fase1", "0", "--pasos-fase2", "0"], "no hay nada que entrenar"),
         (["--memoria", "disco"], "--memoria ram"),
