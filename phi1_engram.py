@@ -178,15 +178,15 @@ class PhiEngramConfig(PhiConfig):
         self.number_of_conv_states = 2
 
     def _check_layers(self):
-        layers, depth = self.engram_layer_ids, self.num_hidden_layers
-        allowed = f"Las capas van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{min(1, depth - 1)}]."
-        if layers is None and depth == 1:
+        layers, last = self.engram_layer_ids, self.num_hidden_layers - 1
+        allowed = f"Las capas de este modelo van de 0 a {last}; por ejemplo engram_layer_ids=[{min(1, last)}]."
+        if layers is None and last == 0:
             raise ValueError(f"Un modelo de 1 capa no tiene la capa 1, la primera por defecto. {allowed}")
-        layers = [i for i in (1, 15) if i < depth] if layers is None else layers
+        layers = [i for i in (1, 15) if i <= last] if layers is None else layers
         if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(f"engram_layer_ids={layers!r} no es válido: hace falta al menos una capa. {allowed}")
         for i in layers:
-            if not is_whole(i, 0) or i >= depth:
+            if not is_whole(i, 0) or i > last:
                 raise ValueError(f"engram_layer_ids={list(layers)!r}: la capa {i!r} no existe. {allowed}")
         if len(set(layers)) != len(layers):
             raise ValueError(f"engram_layer_ids={list(layers)!r} repite capas: escribe cada una una sola vez.")
