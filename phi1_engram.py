@@ -178,15 +178,15 @@ class PhiEngramConfig(PhiConfig):
         self.number_of_conv_states = 2
 
     def _check_layers(self):
-        layers, depth = self.engram_layer_ids, self.num_hidden_layers
-        allowed = f"Las capas van de 0 a {depth - 1}; por ejemplo engram_layer_ids=[{min(1, depth - 1)}]."
-        if layers is None and depth == 1:
+        layers, last = self.engram_layer_ids, self.num_hidden_layers - 1
+        allowed = f"Las capas de este modelo van de 0 a {last}; por ejemplo engram_layer_ids=[{min(1, last)}]."
+        if layers is None and last == 0:
             raise ValueError(f"Un modelo de 1 capa no tiene la capa 1, la primera por defecto. {allowed}")
-        layers = [i for i in (1, 15) if i < depth] if layers is None else layers
+        layers = [i for i in (1, 15) if i <= last] if layers is None else layers
         if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(f"engram_layer_ids={layers!r} no es válido: hace falta al menos una capa. {allowed}")
         for i in layers:
-            if not is_whole(i, 0) or i >= depth:
+            if not is_whole(i, 0) or i > last:
                 raise ValueError(f"engram_layer_ids={list(layers)!r}: la capa {i!r} no existe. {allowed}")
         if len(set(layers)) != len(layers):
             raise ValueError(f"engram_layer_ids={list(layers)!r} repite capas: escribe cada una una sola vez.")
@@ -1745,17 +1745,19 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
         if early is not None and not 1 <= early <= depth:
             raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
-        ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
-        pad = option("pad_token_id")
-        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
-            eos = torch.as_tensor(-1 if option("eos_token_id") is None else option("eos_token_id"))
-            mask = None if (eos == int(pad)).any() else ids != pad  # so transformers tells padding without a mask
-        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise ValueError('Hay filas rellenadas por la derecha. Por la izquierda: tokenizer.padding_side = "left".')
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        self._check_padding(ids, kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id"))
         try:
             return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             self.config.num_hidden_layers = depth  # lowered still, where a draft that exits early was interrupted
+
+    def _check_padding(self, ids, mask, pad, eos):
+        if mask is None and ids is not None and pad is not None and ids.ndim == 2 and ids.shape[1]:
+            ends = (torch.as_tensor(-1 if eos is None else eos) == int(pad)).any()
+            mask = None if ends else ids != pad  # so transformers tells padding where no mask is given
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError('Hay filas rellenadas por la derecha. Por la izquierda: tokenizer.padding_side = "left".')
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the paged cache of continuous batching has no place for the memory's state."""
