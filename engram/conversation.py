@@ -236,7 +236,7 @@ class Chat:
         """
         ids = self.tokens(literal(text))[:, -self.context :].to(self.model.device)
         if not ids.shape[1]:
-            raise UserError("Escribe detrás el texto que hay que seguir, por ejemplo: siguiente import numpy as")
+            raise UserError("Escribe detrás el texto que hay que seguir, por ejemplo: siguiente def __init__(")
         found = {}
         for memory in (True, False):
             with self.using(memory):

@@ -131,7 +131,7 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
             results.append(row)
         shutil.rmtree(output.with_name(output.name + "-checkpoints"), ignore_errors=True)
         model, _ = load_phi_1_with_engram(scratch, **DEMO_ENGRAM)
-        named = dict(best, name=f"el mismo Phi sin memoria, con los mismos pasos ({best['name'].lower()})")
+        named = dict(best, name=f"{best['name']}: el mismo Phi sin memoria, con los mismos pasos")
         outcome = train_model(model, tokenizer, corpus, rest, output, save_every=10**9, control=named)
     with whole_folder(control_output) as folder:
         twin.save_pretrained(folder)

@@ -11,7 +11,7 @@ from engram.console import counted, spanish
 
 SHADES = (None, 194, 157, 120, 83, 46)  # of a closed gate to an open one, in the terminal's 256 colours
 NARROW = 60  # columns; with fewer, two texts go one above the other
-TOKEN, BAR = 12, 7  # cells of a token and of the longest bar: with a percentage, two of them fit into NARROW columns
+TOKEN, BAR = 13, 6  # cells of a token and of the longest bar: with a percentage, two of them fit into NARROW columns
 
 
 def shaded(pieces: list[tuple[str, int]], gates: dict[int, list[float]], facts, columns: int, colour: bool) -> str:

@@ -59,7 +59,7 @@ def advice(model) -> str:
             f"⚠️  Es un modelo de juguete: {spanish(size, 1)} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
             "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Empieza en "
             f"modo código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
-            "   Prueba: siguiente import numpy as      (o escribe «def __init__(self, name):» y una línea vacía)"
+            "   Prueba: siguiente def __init__(        (o escribe «def __init__(self, name):» y una línea vacía)"
         )
     who = "Phi-1" if model.config.tokenizer_name_or_path == PHI_1 else "este Phi"
     return (

@@ -426,7 +426,7 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     assert model.config.engram_layer_ids == [1, 2] and tokenizer.chat_template
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"phi1-engram-demo", "phi1-engram-demo-control"}
     card = (tmp_path / "phi1-engram-demo" / "README.md").read_text(encoding="utf-8")
-    assert "**Es un modelo de juguete**" in card and "| el mismo Phi sin memoria, con los mismos pasos" in card
+    assert "**Es un modelo de juguete**" in card and ": el mismo Phi sin memoria, con los mismos pasos |" in card
     assert "El control es el mismo Phi de partida" in card
     for name in ("phi1-engram-demo", "phi1-engram-demo-control"):  # neither is ever replaced
         with pytest.raises(UserError, match=f"{name}/ ya existe"):
