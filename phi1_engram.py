@@ -1377,7 +1377,10 @@ def check_ids(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     its place.
     """
     if input_ids is None:
-        raise ValueError("Falta input_ids: la memoria Engram se consulta con los tokens. Pásalos con inputs_embeds.")
+        raise ValueError(
+            "Falta input_ids: la memoria Engram se consulta con los tokens. Pásalos con inputs_embeds. (De peft, "
+            "prompt tuning y p-tuning solo dan vectores: usa LoRA.)"
+        )
     if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
         raise ValueError(
             f"input_ids es de {list(input_ids.shape)} e inputs_embeds de {list(inputs_embeds.shape)}: hace falta un "
@@ -1503,7 +1506,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         if not roomy or len(cache.layers) < config.num_hidden_layers:
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
-                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…)."
+                "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…). (La de prefix "
+                "tuning, de peft, no sirve: usa LoRA.)"
             )
         if config.num_hidden_layers < len(self.layers):
             del cache.layers[config.num_hidden_layers :]  # a draft's: layers that stay empty cannot be cut back

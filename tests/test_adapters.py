@@ -108,3 +108,11 @@ def test_a_model_inside_an_adapter_is_not_saved_as_a_folder_that_nothing_opens(b
     merged.save_pretrained(tmp_path / "model")
     opened = PhiEngramForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(opened), logits(merged))
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_what_gives_vectors_without_tokens_is_sent_to_lora(method):
+    model = helpers.make_model()
+    adapted = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="peft.* usa LoRA"):
+        adapted(input_ids=helpers.random_ids(model, 2, 10))
