@@ -4,6 +4,9 @@ One safetensors file holds the rows that are not zero, with their indices, and t
 say what it was trained beside (`PhiEngramForCausalLM.fingerprints`). All of this works inside peft's adapters too.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
 import hashlib
 import os
 from pathlib import Path
