@@ -222,8 +222,8 @@ def report_short(numbers):
         }[side(off)]
     )
     if twin is not None:
-        verdict = ("Empata con el control", "El modelo gana al control", "El control gana al modelo")[side(twin)]
-        points.append(f"{verdict}, que nunca tuvo memoria: {with_error(twin)} de pérdida el control.")
+        verdict = ("empata con el modelo", "pierde con el modelo", "gana al modelo")[side(twin)]
+        points.append(f"El control, que nunca tuvo memoria, {verdict}: su pérdida es {with_error(twin)} respecto a él.")
     for layer, found in numbers["puertas"]["capas"].items():
         kinds = sorted(found["por_clase"], key=found["por_clase"].get)
         points.append(
