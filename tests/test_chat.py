@@ -508,7 +508,6 @@ def test_pasted_code_with_blank_lines_is_one_question(folder):
         terminal.write("\n")
         seen = terminal.read_to("👤 Tú: ") + terminal.ask("comparar", "SIN MEMORIA")
         assert seen.count("🤖 Phi-Engram: ") == 1
-        terminal.read_to("👤 Tú: ")
         assert terminal.leave() == 0
 
 

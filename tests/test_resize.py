@@ -62,9 +62,9 @@ def test_new_tokens_have_ids_of_their_own_after_the_last(tokenizer):
     # Phi-1's rows without a token need no resizing: they are addressed like the pad token.
     spare = copy.deepcopy(tokenizer)
     spare.add_tokens(["<|uno|>", "<|dos|>"])
-    assert checks.check_projection(spare)(model, ids) == (0.0, 0.0)
+    assert checks.check_projection(spare)(model, ids)[:2] == (0.0, 0.0)
     model.model.engram_hash.token_map[50294] += 1
-    assert checks.check_projection(spare)(model, ids) == (1.0, 0.0)
+    assert checks.check_projection(spare)(model, ids)[:2] == (1.0, 0.0)
 
 
 @SIZES
