@@ -1682,13 +1682,13 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             said, facts = json.loads(Path(cached_file(name, FACTS_FILE, **hub)).read_text(encoding="utf-8")), []
             if said["format"] != 1:
                 raise ValueError(f"Los recuerdos de «{name}» tienen el formato {said['format']} y aquí se lee el 1.")
-            with safe_open(cached_file(name, said["rows"], **hub), "pt") as file:
+            with safe_open(cached_file(name, Path(said["rows"]).name, **hub), "pt") as file:
                 for i, text in enumerate(said["facts"]):
                     known = {key: text.pop(key) for key in TOLD}
                     known |= {key: file.get_tensor(f"{i}.{key}") for key in ("keys", "rows")}
                     facts.append(Fact(**known, notes=text, made_for=said["digests"][str(known["layer"])]))
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"Los recuerdos de «{name}» están dañados: vuelve a copiar la carpeta.") from error
+        except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise ValueError(f"Los recuerdos de «{name}» están dañados o a medias: vuelve a copiarlos.") from error
         for layer, digests in said["digests"].items():
             if str(layer) not in self.model.facts:
                 raise ValueError(f"Los recuerdos de «{name}» son de la capa {layer}, y aquí no hay memoria en ella.")

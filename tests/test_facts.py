@@ -183,6 +183,22 @@ def test_facts_of_something_else_are_refused_by_name(taught, tokenizer, tmp_path
     assert other.facts == []
 
 
+@pytest.mark.parametrize("harm", ["no rows", "cut rows", "cut text", "no text", "bytes"])
+def test_damaged_facts_are_said_and_the_model_opens_without_them(taught, tokenizer, tmp_path, caplog, harm):
+    taught.save_pretrained(tmp_path)
+    text, (rows,) = tmp_path / phi1_engram.FACTS_FILE, tmp_path.glob("engram_facts-*")
+    if harm == "no rows":
+        rows.unlink()
+    elif harm == "cut rows":
+        rows.write_bytes(rows.read_bytes()[:200])
+    else:
+        text.write_bytes({"cut text": text.read_bytes()[:200], "no text": b"[]", "bytes": b"\xff\xfe\xff"}[harm])
+    with pytest.raises(ValueError, match="Los recuerdos de .* están dañados o a medias"):
+        taught.read_facts(tmp_path)
+    assert PhiEngramForCausalLM.from_pretrained(tmp_path).facts == []
+    assert "Se abre sin ellos" in caplog.text
+
+
 def test_two_facts_on_one_ngram(tokenizer, reference):
     """Written together both hold; with `replace` the later one stays alone. (Two answers to one n-gram need a model
     that tells contexts apart: those are measured on a trained one.)"""
