@@ -266,9 +266,14 @@ def about_memory(model, name=None) -> str:
     return f"Memoria{whose} en {model.memory_place}: {model.memory_reason}."
 
 
+def phi_size(model) -> int:
+    """Parameters without the memory's."""
+    return sum(p.numel() for name, p in model.named_parameters() if "engram" not in name)
+
+
 def is_toy(model) -> bool:
     """Whether its Phi is far smaller than any that was published, as the demo's is."""
-    return sum(p.numel() for name, p in model.named_parameters() if "engram" not in name) < TOY
+    return phi_size(model) < TOY
 
 
 def n_values(model) -> int:

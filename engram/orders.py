@@ -8,7 +8,7 @@ import re
 
 from engram.console import spanish, unaccented
 from engram.conversation import TOY_TEMPERATURE
-from engram.opening import is_toy
+from engram.opening import is_toy, phi_size
 from engram.teaching import ARROW
 from phi1_engram import PHI_1
 
@@ -54,9 +54,9 @@ LOOPED = (
 def advice(model) -> str:
     """What is to be expected of a model, and what to try."""
     if is_toy(model):
-        size = sum(p.numel() for name, p in model.named_parameters() if "engram" not in name) / 1e6
+        size = spanish(phi_size(model) / 1e6, 1)
         return (
-            f"⚠️  Es un modelo de juguete: {spanish(size, 1)} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
+            f"⚠️  Es un modelo de juguete: {size} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
             "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Empieza en "
             f"modo código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
             "   Prueba: siguiente def __init__(        (o escribe «def __init__(self, name):» y una línea vacía)"
