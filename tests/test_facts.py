@@ -373,3 +373,12 @@ def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):
         one.length = 2
     groups = teaching.together(lessons, torch.arange(51200))
     assert sorted(map(len, groups)) == [1, 3]
+
+
+def test_other_texts_take_part_in_what_is_written(tokenizer, reference, monkeypatch):
+    """Rows sought after other texts too are other rows; how much longer they hold is measured on a trained model."""
+    found = []
+    for contexts in (facts.CONTEXTS, ()):
+        monkeypatch.setattr(facts, "CONTEXTS", contexts)
+        found.append(teach(fresh(tokenizer), tokenizer, *FACTS[0], reference=reference))
+    assert torch.equal(found[0].keys, found[1].keys) and not torch.equal(found[0].rows, found[1].rows)
