@@ -135,7 +135,7 @@ def load_memory(model, name, **hub):
             state[key].copy_(tensor)
     for layer_id, table in model.model.engram_tables.items():
         rows = tensors[f"{layer_id}.rows"]
-        weight = torch.zeros(table.n_rows, rows.shape[1], dtype=rows.dtype)
+        weight = untouched_zeros(table.n_rows, rows.shape[1], rows.dtype)
         replace_rows(table, weight.index_copy_(0, tensors[f"{layer_id}.row_ids"], rows), place)
 
 
