@@ -166,10 +166,12 @@ def choose_key(one: Lesson, shortest: int, canonical, reference: Reference | Non
         one.counts = tuple(reference.count([*key]) for key in keys) if reference else ()
         if insist or (max(one.counts, default=0) < OFTEN and max(keys[0]) >= common):
             return
+    often = max(one.counts, default=0)
+    counted = f"sale {spanish(often)} veces en el texto de referencia"
+    why = counted if often >= OFTEN else "sus trozos salen en todas partes"
     raise FactError(
-        f"«{one.prompt}» acaba en palabras muy corrientes (salen {max(one.counts, default=0)} veces en el texto de "
-        "referencia), y el recuerdo saltaría donde no debe. Empieza antes, o acaba en una palabra más rara: un nombre "
-        "propio, por ejemplo."
+        f"«{one.prompt}» acaba en palabras muy corrientes ({why}), y el recuerdo saltaría donde no debe. Empieza "
+        "antes, o acaba en una palabra más rara: un nombre propio, por ejemplo."
     )
 
 

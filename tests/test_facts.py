@@ -219,8 +219,8 @@ def test_two_facts_on_one_ngram(tokenizer, reference):
     "prompt, target, why",
     [
         ("is", " Lutz.", "tiene 1 de los 3 tokens"),
-        ("This is the", " Lutz.", "palabras muy corrientes"),
-        ("    def __init__(self", "):\n", "palabras muy corrientes"),
+        ("This is the", " Lutz.", "palabras muy corrientes .sus trozos salen en todas partes"),
+        ("    def __init__(self", "):\n", "palabras muy corrientes .sale [0-9.]+ veces"),
         ("The capital of Zubrowka is", "", "Falta el principio"),
         ("The capital of Zubrowka is", " a" * 65, "65 tokens y se admiten 64"),
     ],

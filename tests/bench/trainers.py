@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 import helpers
@@ -41,14 +41,16 @@ class Clock(TrainerCallback):
 def steps_of(kind, rows: int, steps: int) -> list[float]:
     """Seconds of steps after the first two."""
     torch.manual_seed(0)
-    model, clock = PhiEngramForCausalLM(helpers.make_config(engram_vocab_size=[rows // 16] * 2)), Clock()
+    model, clock = PhiEngramForCausalLM(helpers.make_config(engram_vocab_size=[rows // 8] * 2)), Clock()
     texts = [{"input_ids": ids, "labels": ids} for ids in helpers.random_ids(model, 16, 64)]
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder, max_steps=steps + 2, per_device_train_batch_size=4, weight_decay=0.1, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        kind(model, options, train_dataset=texts, callbacks=[clock]).train()
+        trainer = kind(model, options, train_dataset=texts, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return clock.seconds[2:]
 
 
