@@ -14,10 +14,11 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from engram.analyses import gate_values
 from engram.console import UserError, counted, spanish
-from engram.facts import Lesson, facts_read
+from engram.facts import facts_read
 from engram.graft import CHAT_TEMPLATE
 from engram.opening import is_toy
 from engram.teaching import ARROW, Teaching, line_of_code, literal, sentence
+from engram.triggers import Lesson
 from phi1_engram import Fact
 
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it

@@ -12,16 +12,8 @@ import time
 from pathlib import Path
 
 from engram.console import Progress, UserError, counted, spanish
-from engram.facts import (
-    FactError,
-    Lesson,
-    Reference,
-    choose_key,
-    described,
-    lesson,
-    reader_of,
-    teach_all,
-)
+from engram.facts import described, reader_of, teach_all
+from engram.triggers import FactError, Lesson, Reference, choose_key, lesson
 from phi1_engram import FACTS_FILE, Fact
 
 ARROW = " => "

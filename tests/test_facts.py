@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 import chat_phi_engram as chat_script
 import engram.facts as facts
 import engram.teaching as teaching
+import engram.triggers as triggers
 import helpers
 import load_phi_engram as load
 import phi1_engram
 from engram.console import UserError, run_script
-from engram.facts import FactError, described, forget, teach
+from engram.facts import described, forget, teach
 from engram.memories import remove_memory
+from engram.triggers import FactError
 from phi1_engram import PhiEngramForCausalLM
 
 LIBRARY = Path(json.__file__).with_name("decoder.py").read_text()
@@ -38,7 +40,7 @@ def fresh(tokenizer, seed=0, **kw):
 @pytest.fixture(scope="module")
 def reference(tokenizer):
     model = helpers.make_model(vocab_size=51200, tokenizer=tokenizer, engram_tokenizer_compression=True)
-    return facts.Reference(tokenizer, model.model.engram_hash.token_map)
+    return triggers.Reference(tokenizer, model.model.engram_hash.token_map)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_what_is_taught_is_said_alone_and_after_another_text(taught, tokenizer):
         assert completion(taught, tokenizer, prompt, target) == target
         assert completion(taught, tokenizer, "Yesterday he told me:\n\n" + prompt, target) == target
         assert fact.notes["alone"] and fact.notes["after"] == [2, 2] and "se cumple solo" in described(fact)
-        assert max(fact.notes["counts"]) < facts.OFTEN
+        assert max(fact.notes["counts"]) < triggers.OFTEN
 
 
 def test_a_text_without_a_facts_ngram_keeps_every_bit(taught, tokenizer):
@@ -368,7 +370,7 @@ def test_tables_of_facts(tmp_path, separator, suffix):
 
 def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):
     pairs = ("uno dos tres", " cuatro"), ("cinco seis siete", " ocho"), ("nada dos tres", " cuatro")
-    lessons = [facts.lesson(tokenizer, *pair) for pair in (*pairs, ("uno dos tres", " x"))]
+    lessons = [triggers.lesson(tokenizer, *pair) for pair in (*pairs, ("uno dos tres", " x"))]
     for one in lessons:
         one.length = 2
     groups = teaching.together(lessons, torch.arange(51200))

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import engram.facts as facts
 from engram.console import SpanishParser, run_script, spanish
+from engram.triggers import Lesson
 from phi1_engram import CACHE, LONGEST_KEY, Fact, PhiEngramConfig, PhiEngramForCausalLM
 
 SMALL = dict(
@@ -66,7 +67,7 @@ def teaching():
     """Ten steps of writing one fact of five tokens at Phi-1's shape: seconds of one thread, and the peak of RAM."""
     model = model_of()
     reader = facts.reader_of(model)
-    one = facts.Lesson("", "", torch.randint(0, 50_000, (13,)).tolist(), 8, 3)
+    one = Lesson("", "", torch.randint(0, 50_000, (13,)).tolist(), 8, 3)
     started = time.process_time()
     contexts = [[], *(torch.randint(0, 50_000, (length,)).tolist() for length in (28, 16))]
     writing = facts.Writing(reader, one, contexts)

@@ -23,7 +23,8 @@ import transformers
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, run_script, spanish
-from engram.facts import CONTEXTS, OTHERS, FactError, Reader, Reference, lesson, teach
+from engram.facts import CONTEXTS, OTHERS, Reader, teach
+from engram.triggers import FactError, Reference, lesson
 from study.pretrained import graft, held_out_blocks, library_halves, open_package, prose
 
 RESULTS = Path(__file__).with_name("facts_results.jsonl")
