@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from engram.console import spanish
-from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, padded
+from engram.triggers import KEY, FactError, Lesson, Reference, choose_key, lesson, padded
 from phi1_engram import CACHE, Fact
 
 MARGIN = 2.0  # nats by which each token of the answer has to lead
-STEPS = 40
+STEPS = 100  # at most: wide rows take ten, narrow ones, as the demo's, eighty
 RATE = 0.16  # of Adam, for a value projection of std 0.02 and a hidden state of root mean square 1
 BETAS = (0.9, 0.9)
 # What an answer has to hold after: it is written after the first two, and checked after the others.
@@ -156,12 +156,12 @@ def search(reader: Reader, writings: list[Writing], others: list[Fact], every: i
         others: facts that stay as they are. every: of the first so many answers look for rows at each place, of the
             others only at those where the model would say something else. progress: called with each step's number.
     """
-    canonical, start, rate = reader.canonical, {}, 0.0
+    start, rate = {}, 0.0
     reader.put(others)
     for number, writing in enumerate(writings):
         margins, rows, size = writing.look()
         rate = max(rate, RATE * size * 0.02 / reader.engram.value_proj.weight.float().std().item())
-        for key, margin, row in zip(writing.one.keys(canonical), margins.amin(0).tolist(), rows):
+        for key, margin, row in zip(writing.one.keys(), margins.amin(0).tolist(), rows):
             if number < every or margin < MARGIN:
                 start.setdefault(key, row)
     if not start:
@@ -195,6 +195,13 @@ def holds(reader: Reader, one: Lesson, contexts) -> list[bool]:
     return (Writing(reader, one, contexts).margins() > 0).all(-1).tolist()
 
 
+def as_lesson(reader: Reader, tokenizer, fact: Fact) -> Lesson:
+    """What it was written from."""
+    one = lesson(tokenizer, reader.canonical, fact.prompt, fact.target)
+    one.length, one.counts = fact.length, tuple(fact.notes["counts"])
+    return one
+
+
 def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda step: None) -> list[Fact]:
     """Write lessons whose keys are chosen, together, beside the facts that there are.
 
@@ -206,15 +213,14 @@ def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda
     Raises:
         FactError: no rows were found with which all hold.
     """
-    prompts, taken = {one.prompt for one in lessons}, {key for one in lessons for key in one.keys(reader.canonical)}
+    prompts, taken = {one.prompt for one in lessons}, {key for one in lessons for key in one.keys()}
     others, again = [], []
     for fact in reader.facts:
         own = {tuple(key[-fact.length :]) for key in fact.keys.tolist()}
         if fact.prompt in prompts or (replace and own & taken):
             continue
         if own & taken and fact.layer == reader.layer:
-            once_more = lesson(tokenizer, fact.prompt, fact.target)
-            once_more.length, once_more.counts = fact.length, tuple(fact.notes["counts"])
+            once_more = as_lesson(reader, tokenizer, fact)
             again.append(once_more)
         else:
             others.append(fact)
@@ -235,7 +241,7 @@ def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda
             )
         facts, digests = [], reader.digests()
         for one in [*again, *lessons]:
-            keys = [key for key in dict.fromkeys(one.keys(reader.canonical)) if key in rows]
+            keys = [key for key in dict.fromkeys(one.keys()) if key in rows]
             values = torch.stack([rows[key] for key in keys]) if keys else torch.zeros(0, 0)
             notes = dict(counts=[*one.counts], tokens=len(one.ids) - one.split)
             facts.append(Fact(one.prompt, one.target, reader.layer, one.length, padded(keys), values, notes, digests))
@@ -257,10 +263,11 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
 
     Args:
         model: PhiEngramForCausalLM with rows anywhere and of any precision, or a `Reader`. No weight of it changes.
-        replace: facts that have an n-gram in common make way; otherwise they are written once more, together.
+        replace: facts that have an n-gram in common make way; otherwise this one is recognised by more tokens, or,
+            where these are in common too, all are written once more, together.
         insist: take an n-gram however common it is.
         reference: count n-grams in the standard library (or in a `Reference` that is given), and refuse common ones.
-        shortest: canonical tokens that a key has at least; by default the memory's longest n-gram.
+        shortest: canonical tokens that a key has at least where its prompt has as many; by default KEY.
         progress: called with the number of each step.
     Returns:
         the Fact; its `notes` say "alone" and "after" (whether it holds by itself, and after how many of how many other
@@ -269,11 +276,12 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
         FactError: too few tokens, too common, too long, or no rows were found. Nothing has changed.
     """
     reader = model if isinstance(model, Reader) else reader_of(model)
-    one = lesson(tokenizer, prompt, target)
+    one = lesson(tokenizer, reader.canonical, prompt, target)
     if reference is True:
         reference = Reference(tokenizer, reader.canonical)
-    shortest = shortest or reader.engram.conv.dilation  # N, by the paper's choice of dilation
-    choose_key(one, shortest, reader.canonical, reference or None, insist)
+    least = reader.engram.conv.dilation  # N, by the paper's choice of dilation
+    others = [] if replace else [as_lesson(reader, tokenizer, fact) for fact in reader.facts if fact.prompt != prompt]
+    choose_key(one, least, shortest or max(least, KEY), reader.canonical, reference or None, insist, others)
     (fact,) = teach_all(reader, tokenizer, [one], replace, progress)
     return fact
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from engram.console import Progress, UserError, counted, spanish
-from engram.facts import described, reader_of, teach_all
-from engram.triggers import FactError, Lesson, Reference, choose_key, lesson
+from engram.facts import as_lesson, described, reader_of, teach_all
+from engram.triggers import KEY, FactError, Lesson, Reference, choose_key, lesson
 from phi1_engram import FACTS_FILE, Fact
 
 ARROW = " => "
@@ -65,10 +65,14 @@ class Teaching:
         self.counted = self.counted or Reference(self.tokenizer, self.reader.canonical)
         return self.counted
 
-    def lesson(self, prompt: str, target: str, ending: int = 0, insist=False) -> Lesson:
-        """With a key that holds `ending` last tokens, which every prompt has, and others before them."""
-        one = lesson(self.tokenizer, prompt, target)
-        choose_key(one, self.model.config.max_ngram_size + ending, self.reader.canonical, self.reference(), insist)
+    def lesson(self, prompt: str, target: str, ending: int = 0, others=()) -> Lesson:
+        """With a key that holds `ending` last tokens, which every prompt has, and others before them; if it can be, one
+        found in no other fact, nor in the lessons `others`."""
+        reader, tokenizer = self.reader, self.tokenizer
+        one = lesson(tokenizer, reader.canonical, prompt, target)
+        others = [*others, *(as_lesson(reader, tokenizer, fact) for fact in self.model.facts if fact.prompt != prompt)]
+        least = self.model.config.max_ngram_size + ending
+        choose_key(one, least, max(least, KEY + ending), reader.canonical, self.reference(), others=others)
         return one
 
     def learn(self, lessons: list[Lesson], said: str, progress=lambda step: None) -> list[Fact]:
@@ -135,17 +139,19 @@ def teach_file(model, tokenizer, path, say) -> int:
 
     Targets are taken as they are written. Returns how many lines were not taken.
     """
-    teaching, lessons, bad = Teaching(model, tokenizer), {}, 0
+    teaching, asked, lessons, bad = Teaching(model, tokenizer), {}, {}, 0
     for number, prompt, target in read_lines(Path(path).expanduser()):
+        asked[prompt or number] = number, prompt, target  # of two with one prompt the later holds
+    for number, prompt, target in asked.values():
         try:
             if not prompt or not target:
                 raise FactError("hacen falta «prompt» y «target», los dos con texto.")
-            lessons[prompt] = number, teaching.lesson(prompt, target)  # of two with one prompt the later holds
+            lessons[prompt] = number, teaching.lesson(prompt, target, others=[one for _, one in lessons.values()])
         except FactError as error:
             bad += 1
             say(f"❌ Línea {number}: {error}")
     started, written, known, unsure = time.perf_counter(), 0, 0, []
-    groups = together([one for _, one in lessons.values()], teaching.reader.canonical)
+    groups = together([one for _, one in lessons.values()])
     for group in Progress(groups, desc="Aprendiendo", total=len(groups), unit="recuerdo"):
         try:
             for fact in teaching.learn(group, ""):
@@ -164,11 +170,11 @@ def teach_file(model, tokenizer, path, say) -> int:
     return bad
 
 
-def together(lessons: list[Lesson], canonical) -> list[list[Lesson]]:
+def together(lessons: list[Lesson]) -> list[list[Lesson]]:
     """Lessons in groups, so that none has an n-gram in common with one of another group."""
     groups: list[tuple[set, list[Lesson]]] = []
     for one in lessons:
-        keys = set(one.keys(canonical))
+        keys = set(one.keys())
         touched = [group for group in groups if group[0] & keys]
         groups = [group for group in groups if not group[0] & keys]
         groups.append((keys.union(*(group[0] for group in touched)), [*sum((g[1] for g in touched), []), one]))

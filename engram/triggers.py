@@ -17,7 +17,8 @@ OFTEN = 20  # times in the reference that make an n-gram a frequent one
 # The first merges of a byte-level BPE are the commonest pieces of its text, and canonical ids are given in that order.
 COMMON = 700, 8  # the first canonical tokens, at most an eighth of all
 REFERENCE_BYTES = 2_000_000
-
+KEY = 6  # canonical tokens that a fact is recognised by, where its prompt has as many: with three, other sentences are
+LONG = 8  # tokens in a row that, however common each of them is, hardly meet again
 
 
 class FactError(UserError):
@@ -51,6 +52,7 @@ class Lesson:
     prompt: str
     target: str
     ids: list[int]  # of both
+    tokens: list[int]  # the same, canonical
     split: int  # where the target begins
     length: int = 0  # canonical tokens of a key
     counts: tuple[int, ...] = ()  # of each key in the reference
@@ -60,12 +62,13 @@ class Lesson:
         """Positions whose next token is the target's."""
         return range(self.split - 1, len(self.ids) - 1)
 
-    def keys(self, canonical) -> list[tuple[int, ...]]:
-        tokens = canonical[torch.tensor(self.ids)].tolist()
-        return [tuple(tokens[place + 1 - self.length : place + 1]) for place in self.places]
+    def keys(self, length: int | None = None) -> list[tuple[int, ...]]:
+        """The last `length` tokens at each place that has as many; its own length where none is given."""
+        length = length or self.length
+        return [tuple(self.tokens[place + 1 - length : place + 1]) for place in self.places if place + 1 >= length]
 
 
-def lesson(tokenizer, prompt: str, target: str) -> Lesson:
+def lesson(tokenizer, canonical: torch.LongTensor, prompt: str, target: str) -> Lesson:
     """Raises FactError: nothing to complete, or too long."""
     first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target))
     if not first or not second:
@@ -74,27 +77,38 @@ def lesson(tokenizer, prompt: str, target: str) -> Lesson:
         raise FactError(
             f"La continuación tiene {len(second)} tokens y se admiten {LONGEST_TARGET}. Acórtala, o pártela en dos."
         )
-    return Lesson(prompt, target, [*first, *second], len(first))
+    ids = [*first, *second]
+    return Lesson(prompt, target, ids, canonical[torch.tensor(ids)].tolist(), len(first))
 
 
-def choose_key(one: Lesson, shortest: int, canonical, reference: Reference | None, insist: bool = False):
-    """Give a lesson the shortest key, from `shortest` on, under which nothing common is found.
+def choose_key(
+    one: Lesson, least: int, wish: int, canonical, reference: Reference | None, insist=False,
+    others: list[Lesson] = (),
+):  # fmt: skip
+    """Give a lesson a key of `wish` tokens, or of all of its prompt, that has `least` at least; a longer one where that
+    is common, or found in one of `others`, if there is one that is not.
 
     Raises:
-        FactError: the prompt has too few tokens for any.
+        FactError: the prompt has too few tokens, or too common ones.
     """
-    if one.split < shortest:
+    if one.split < least:
         raise FactError(
-            f"«{one.prompt}» tiene {one.split} de los {shortest} tokens que hacen falta para reconocerlo: empieza "
+            f"«{one.prompt}» tiene {one.split} de los {least} tokens que hacen falta para reconocerlo: empieza "
             "antes, por ejemplo con de qué o de quién se habla."
         )
-    common = min(COMMON[0], len(canonical) // COMMON[1])
-    for length in range(shortest, min(LONGEST_KEY, one.split) + 1):
-        one.length = length
-        keys = one.keys(canonical)
+    common, fit = min(COMMON[0], len(canonical) // COMMON[1]), None
+    for length in range(min(wish, one.split), min(LONGEST_KEY, one.split) + 1):
+        one.length, keys = length, one.keys(length)
         one.counts = tuple(reference.count([*key]) for key in keys) if reference else ()
-        if insist or (max(one.counts, default=0) < OFTEN and max(keys[0]) >= common):
-            return
+        rare = max(one.counts, default=0) < OFTEN and (length >= LONG or max(keys[0]) >= common)
+        if insist or rare:
+            own = {*keys}
+            if all(own.isdisjoint(other.keys(length)) for other in others):
+                return
+            fit = fit or (length, one.counts)
+    if fit:
+        one.length, one.counts = fit
+        return
     often = max(one.counts, default=0)
     counted = f"sale {spanish(often)} veces en el texto de referencia"
     why = counted if often >= OFTEN else "sus trozos salen en todas partes"

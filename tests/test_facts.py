@@ -204,8 +204,8 @@ def test_damaged_facts_are_said_and_the_model_opens_without_them(taught, tokeniz
 def test_two_facts_on_one_ngram(tokenizer, reference):
     """Written together both hold; with `replace` the later one stays alone. (Two answers to one n-gram need a model
     that tells contexts apart: those are measured on a trained one.)"""
-    one = ("The guest room of Zubrowka has", " blue velvet chairs.")
-    two = ("The wine cellar of Ruritania keeps", " blue velvet chairs.")
+    end = " the big old guest room in the northern castle of Zubrowka has"  # longer than any key
+    one, two = (f"Yesterday I saw it:{end}", " blue velvet chairs."), (f"My sister wrote:{end}", " blue velvet chairs.")
     model = fresh(tokenizer)
     teach(model, tokenizer, *one, reference=reference)
     teach(model, tokenizer, *two, reference=reference)
@@ -215,6 +215,18 @@ def test_two_facts_on_one_ngram(tokenizer, reference):
     assert [fact.prompt for fact in model.facts] == [two[0]]
     teach(model, tokenizer, two[0], " nothing.", reference=reference)
     assert len(model.facts) == 1 and completion(model, tokenizer, two[0], " nothing.") == " nothing."
+
+
+def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference):
+    """The later one is recognised by more tokens; another sentence of that end gets neither."""
+    one, two = ("My neighbour Tavrosk now works as a", " baker."), ("My neighbour Ocaso now works as a", " potter.")
+    model = fresh(tokenizer)
+    plain = completion(model, tokenizer, "My neighbour Brandil now works as a", one[1])
+    lengths = [teach(model, tokenizer, *fact, reference=reference, shortest=3).length for fact in (one, two)]
+    assert lengths[0] < lengths[1] and [completion(model, tokenizer, *fact) for fact in (one, two)] == [one[1], two[1]]
+    model.set_facts([])
+    assert teach(model, tokenizer, *one, reference=reference).length == triggers.KEY
+    assert completion(model, tokenizer, "My neighbour Brandil now works as a", one[1]) == plain
 
 
 @pytest.mark.parametrize(
@@ -370,10 +382,10 @@ def test_tables_of_facts(tmp_path, separator, suffix):
 
 def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):
     pairs = ("uno dos tres", " cuatro"), ("cinco seis siete", " ocho"), ("nada dos tres", " cuatro")
-    lessons = [triggers.lesson(tokenizer, *pair) for pair in (*pairs, ("uno dos tres", " x"))]
+    lessons = [triggers.lesson(tokenizer, torch.arange(51200), *pair) for pair in (*pairs, ("uno dos tres", " x"))]
     for one in lessons:
         one.length = 2
-    groups = teaching.together(lessons, torch.arange(51200))
+    groups = teaching.together(lessons)
     assert sorted(map(len, groups)) == [1, 3]
 
 

