@@ -210,7 +210,7 @@ class Chat:
         """`text` as a question, or the last one. Raises UserError where there is none."""
         if not text and self.question is None:
             raise UserError("Aún no has preguntado nada. Pregunta algo, o escribe «comparar» y la pregunta detrás.")
-        return self.ask(text) if text else self.question
+        return self.ask(literal(text) if self.code else text) if text else self.question
 
     def compare(self, text: str = "") -> tuple[str, str]:
         """Answers with memory and without, of the same seed, to `text` or the last question; neither is kept.

@@ -4,6 +4,7 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import difflib
+import json
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ MADE_BY = {
     "phi1-engram-trained": "python train_phi_engram.py",
     "phi1-engram-demo": "python train_phi_engram.py --demo",
 }
+LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result
 # Parameters of Phi below which a model is called a toy; the smallest that Microsoft published has 1.4e9.
 TOY = 5e8
 
@@ -274,6 +276,14 @@ def phi_size(model) -> int:
 def is_toy(model) -> bool:
     """Whether its Phi is far smaller than any that was published, as the demo's is."""
     return phi_size(model) < TOY
+
+
+def of_demo(name) -> dict:
+    """What the demo wrote of its model: {"library", the package that its memory has learned, "prompt", a beginning that
+    it goes on with otherwise than plain Phi}; {} for any other model."""
+    log = Path(name).expanduser() / LOG
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.is_file() else ()
+    return next((row["demo"] for row in rows if "demo" in row), {})
 
 
 def n_values(model) -> int:

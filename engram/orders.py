@@ -8,7 +8,7 @@ import re
 
 from engram.console import spanish, unaccented
 from engram.conversation import TOY_TEMPERATURE
-from engram.opening import is_toy, phi_size
+from engram.opening import is_toy, of_demo, phi_size
 from engram.teaching import ARROW
 from phi1_engram import PHI_1
 
@@ -54,12 +54,17 @@ LOOPED = (
 def advice(model) -> str:
     """What is to be expected of a model, and what to try."""
     if is_toy(model):
-        size = spanish(phi_size(model) / 1e6, 1)
+        size, prompt = spanish(phi_size(model) / 1e6, 1), of_demo(model.name_or_path).get("prompt")
+        example = (
+            f"comparar {prompt}        (lo que sigue, con memoria y sin ella)"
+            if prompt
+            else "siguiente def __init__(        (o escribe «def __init__(self, name):» y una línea vacía)"
+        )
         return (
             f"⚠️  Es un modelo de juguete: {size} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
             "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Empieza en "
             f"modo código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
-            "   Prueba: siguiente def __init__(        (o escribe «def __init__(self, name):» y una línea vacía)"
+            f"   Prueba: {example}"
         )
     who = "Phi-1" if model.config.tokenizer_name_or_path == PHI_1 else "este Phi"
     return (

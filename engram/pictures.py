@@ -129,3 +129,30 @@ def draw_tables(numbers, plt):
         axis.grid(alpha=0.3)
         axis.legend()
     return figure
+
+
+def draw_trade(rows: list[dict], new: str, path):
+    """What each model learned of `new` against what it forgot of the rest, in nats per token; rows as
+    `choices.verdict` takes them."""
+    plt = pyplot()
+    base, *controls, memory, shuffled = rows
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    groups = (
+        (controls, "s--", "tab:red", "todos los pesos, sin memoria"),
+        ([memory], "o", "tab:blue", "la memoria sola"),
+        ([shuffled], "x", "tab:gray", "la memoria, con las filas de otros n-gramas"),
+    )
+    for group, style, colour, label in groups:
+        points = sorted((row["old"] - base["old"], base["loss"] - row["loss"]) for row in group)
+        axis.plot(*zip(*points), style, color=colour, label=label)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(
+        title="Arriba y a la izquierda es mejor", xlabel="olvida: nats de más en la biblioteca estándar",
+        ylabel=f"aprende: nats de menos en {new}",
+    )  # fmt: skip
+    commas(axis.xaxis, 1)
+    commas(axis.yaxis, 1)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

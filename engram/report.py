@@ -14,9 +14,10 @@ from transformers import PhiForCausalLM
 from engram.analyses import BLOCKS, LENGTH, PROBES, SEEN_OFTEN, SIZES, TIE, analyse, foretold_sharing
 from engram.console import UserError, gigabytes, peak_memory, spanish
 from engram.folders import whole_folder
-from engram.opening import explained, find_model, open_model, open_tokenizer, read_config, where_from
+from engram.opening import explained, find_model, of_demo, open_model, open_tokenizer, read_config, where_from
 from engram.pictures import draw_ablation, draw_cka, draw_gates, draw_lens, draw_tables, layer_names, pyplot
 from engram.probes import held_out_blocks
+from engram.texts import package_folder
 
 OUTPUT = "profundidad"
 
@@ -306,7 +307,8 @@ def depth(
         name: folder or user/name of a Phi with memory.
         contra: the same of a plain Phi; by default the folder `<name>-control` if there is one, else the same model
             with its memory off. Only another Phi takes memory of its own.
-        source: folder or file of text; the Python standard library by default.
+        source: folder or file of text; by default what the demo's memory has learned, for its model, or the Python
+            standard library.
         storage, memory: as in `open_model`.
     Returns:
         the numbers, as in the JSON.
@@ -324,6 +326,8 @@ def depth(
             contra = str(control)
         twin = None if contra is None else open_twin(contra, model, tokenizer)
         against = "él mismo con la memoria apagada" if twin is None else f"{Path(contra).name}, un Phi sin memoria"
+        library = of_demo(name).get("library") if source is None else None
+        source = package_folder(library) if library else source
         sample = held_out_blocks(tokenizer, source, n_blocks, min(LENGTH, model.config.max_position_embeddings))
         print(f"   Texto: {sample.origin}.\n   Comparado con {against}.", flush=True)
         numbers = dict(

@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 from engram.cards import front, original, toy_warning, values_of, write
 from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
+from engram.opening import LOG
 
-LOG = "entrenamiento.jsonl"  # by which a folder is known to be a training's result
 FEW = 10_000  # tokens; a loss measured on fewer moves by more than 0.02 nats from text to text
 TRACKERS = ("tensorboard", "trackio")
 

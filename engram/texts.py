@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
 import codecs
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -61,6 +62,12 @@ class Piece(NamedTuple):
 
 def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def package_folder(name: str) -> Path | None:
+    """Of an installed package; None where there is none of that name."""
+    found = importlib.util.find_spec(name)
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
 
 
 def text_files(path: Path, skipped: Skipped | None = None) -> list[Path]:

@@ -19,7 +19,7 @@ from engram.checkpoints import Copies, all_checkpoints, identity_of, is_damage, 
 from engram.console import UserError, spanish
 from engram.corpus import Corpus
 from engram.folders import discard, no_space, sweep
-from engram.opening import FACTS_GONE
+from engram.opening import FACTS_GONE, LOG
 from engram.optimizers import make_optimizer, rate_factor
 from engram.processes import (
     gather,
@@ -34,7 +34,7 @@ from engram.processes import (
     whole,
 )
 from engram.rows import TrainedTables
-from engram.sharing import LOG, memory_line, result_line, save_trained, start_tracker
+from engram.sharing import memory_line, result_line, save_trained, start_tracker
 from engram.signals import StopRequests, stop_requests
 from engram.steps import Recipe, evaluate, recompute_activations, run_steps
 

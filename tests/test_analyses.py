@@ -540,30 +540,29 @@ def test_shuffled_rows_are_those_of_other_ngrams_of_the_same_head(make_model):
     assert torch.equal(before, again) and not torch.equal(before, shuffled)
 
 
-def test_what_the_demo_tells_of_first_choices(models, small_tokenizer):
-    """Shares and examples are those of each model's logits, block by block; the gain is the twin's loss less ours."""
+def test_what_the_demo_measures(models, small_tokenizer):
+    """Shares, losses and divergences are those of each model's logits, block by block."""
     from engram.opening import open_model
 
     model, tokenizer = open_model(str(models / "uno"))
     twin = reports.open_twin(str(models / "uno-control"), model, tokenizer)
-    tokens = np.array(tokenizer(CODE * 20).input_ids)[: 6 * 32 + 5]
-    text, gain, error = choices.told(model, twin, tokenizer, tokens, 32)
-    blocks, right, losses = torch.from_numpy(tokens[: 6 * 32]).view(6, 32), {}, {}
-    for name, one, memory in (("on", model, True), ("off", model, False), ("twin", twin, None)):
-        if memory is not None:
-            one.model.use_memory = memory
-        with torch.no_grad():
-            logits = one(blocks).logits[:, :-1].float()
-        right[name] = logits.argmax(-1) == blocks[:, 1:]
-        losses[name] = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
-    model.model.use_memory = True
-    for name in right:
-        assert f"{spanish(100 * right[name].double().mean().item(), 2)} %" in text
-    # float32 means of 186 losses in another order
-    assert gain == pytest.approx((losses["twin"] - losses["on"]).mean().item(), abs=1e-4) and error > 0
-    saved, lost = ((right[a] & ~right[b]).sum().item() for a, b in (("on", "off"), ("off", "on")))
-    assert f"acierta {saved} que apagada falla, y falla {lost} que" in text and "en cuántos de los 186 tokens" in text
-    assert text.startswith("Un nat es la unidad") and model.model.use_memory
+    tokens = np.array(tokenizer(CODE * 20).input_ids)[: 6 * 32]
+    blocks = torch.from_numpy(tokens).view(6, 32)
+    sample = probes.Sample(blocks, torch.full_like(blocks, probes.OTHER), None, None, "")
+    row = choices.measured("x", model, twin, sample, sample)
+    with torch.no_grad():
+        ours, theirs = (one(blocks).logits[:, :-1].float().log_softmax(-1) for one in (model, twin))
+    truth = blocks[:, 1:]
+    # float32 sums of 186 tokens in another order
+    loss = F.nll_loss(ours.transpose(1, 2), truth).item()
+    assert row["loss"] == pytest.approx(loss, abs=1e-5) == pytest.approx(row["old"], abs=1e-5)
+    assert row["right"] == (ours.argmax(-1) == truth).double().mean().item() and row["names"] == 1
+    kl = F.kl_div(ours, theirs, log_target=True, reduction="sum").item() / truth.numel()
+    assert row["kl"] == pytest.approx(kl, abs=1e-5) and kl > 0
+    assert row["changed"] == (ours.argmax(-1) != theirs.argmax(-1)).double().mean().item()
+    table = choices.comparison([row], "sympy")
+    assert f"| x | {spanish(row['loss'], 3)} | {spanish(100 * row['right'], 1)} % | 100,0 % |" in table
+    assert choices.forgetting(twin, twin, blocks)["kl"] == 0
 
     found = choices.choices(model, blocks)
     other = choices.Choices(found.first.roll(1, 0), found.chance, found.loss + 1)
@@ -575,3 +574,32 @@ def test_what_the_demo_tells_of_first_choices(models, small_tokenizer):
     assert places[0] == (5, 30) and len({blocks[b, a + 1].item() for b, a in places}) == 3
     shown = choices.example(tokenizer, blocks, places[0], surely, never)
     assert f"y viene {tokenizer.decode([blocks[5, 31].item()])!r}" in shown and "sin ella, " in shown
+    told = choices.examples(tokenizer, blocks, surely, never)
+    assert told.count("y viene") == 3 and told.endswith("Y donde estorba:")
+
+
+def test_names_are_right_when_all_their_tokens_are():
+    """Of four names, one of three tokens has one wrong; one cut by the block's beginning does not count."""
+    name, other = probes.NAME, probes.OTHER
+    kinds = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 1, 1]]) * (name - other) + other
+    hits = torch.tensor([[False, False, True, True, False, True, True], [True, False, False, True, True, True, True]])
+    assert choices.whole_names(kinds, hits) == 1 - 1 / 4
+    assert choices.whole_names(kinds, torch.ones_like(hits)) == 1
+    assert choices.whole_names(torch.full_like(kinds, other), hits) == 1
+
+
+def test_the_verdict_is_the_rows(models):
+    """Signs and numbers as the rows have them, whoever wins."""
+
+    def row(name, loss, old, right=0.25):
+        found = choices.Choices(None, None, torch.full((4, 9), loss))
+        return dict(name=name, loss=loss, old=old, right=right, choices=found)
+
+    controls = row("a", 3.5, 5.0, 0.375), row("b", 3.75, 4.5)
+    rows = [row("base", 5.0, 4.0), *controls, row("m", 4.0, 4.25), row("s", 5.125, 4.5)]
+    text = " ".join(choices.verdict(rows, "sympy").split())
+    assert text.startswith("✅") and "aprende sympy: 1,000 ± 0,000 nats menos" in text and "quedan -0,125" in text
+    assert "(a): 1,500 nats. Acierta a la primera el 37,5 %; la memoria, el 25,0 %" in text
+    assert "el control, 1,000; la memoria, 0,250" in text
+    rows[3] = row("m", 5.5, 4.25)
+    assert choices.verdict(rows, "sympy").startswith("❌")

@@ -24,6 +24,7 @@ import helpers
 import train_phi_engram as train
 from engram.console import UserError, run_script
 from engram.folders import hold
+from engram.opening import of_demo
 from engram.steps import Recipe, evaluate, run_steps
 from hub import Hub
 from phi1_engram import PhiEngramForCausalLM
@@ -409,22 +410,29 @@ def test_demo_is_for_one_process(monkeypatch):
 
 def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     """Three steps of everything; that the memory pays is measured by the real demo, not asserted at this size."""
-    library = [path for path in texts.text_files(texts.standard_library()) if path.name < "c"][:10]
+    own = {folder: texts.text_files(folder) for folder in (texts.standard_library(), texts.package_folder("sympy"))}
+    own = {folder: [path for path in files if path.name < "c"][:10] for folder, files in own.items()}
     for module in (demo, corpora):
-        monkeypatch.setattr(module, "text_files", lambda *_: library)
+        monkeypatch.setattr(module, "text_files", lambda folder, *_: own[folder])
     monkeypatch.setattr(demo, "DEMO_SHAPE", {**demo.DEMO_SHAPE, "vocab_size": 600, "hidden_size": 32})
     monkeypatch.setattr(demo, "DEMO_ENGRAM", {**demo.DEMO_ENGRAM, "engram_vocab_size": [300, 300]})
-    recipe = replace(demo.DEMO_RECIPE, batch=2, length=64, steps=(3, 3))
-    results = demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
+    monkeypatch.setattr(demo, "BLOCKS", (16, 8))
+    recipe = replace(demo.DEMO_RECIPE, batch=2, length=64, steps=(3, 0))
+    rows = demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
     out = capsys.readouterr().out
-    assert "15 minutos" in out and "| Phi de partida |" in out and "Control (tasa" in out
-    assert len(results) == 1 + len(demo.DEMO_CONTROL_RATES) + 2
+    assert "12 minutos" in out and "| Phi de partida |" in out and "| Control (tasa 0,001) |" in out
+    base, *controls, memory, shuffled = rows
+    assert len(controls) == len(demo.DEMO_CONTROL_RATES) and "otros n-gramas" in shuffled["name"]
+    assert base["kl"] == base["changed"] == 0 and all(row["kl"] > 0 for row in (*controls, memory))
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(tmp_path / "phi1-engram-demo-control").model_type == "phi"
     model, tokenizer = train.open_model(str(tmp_path / "phi1-engram-demo"))
     assert model.config.engram_layer_ids == [1, 2] and tokenizer.chat_template
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"phi1-engram-demo", "phi1-engram-demo-control"}
+    assert (tmp_path / "phi1-engram-demo" / "aprender-y-olvidar.png").stat().st_size > 10_000
+    said = of_demo(tmp_path / "phi1-engram-demo")
+    assert said["library"] == "sympy" and set(said) == {"library", "prompt"} and of_demo(tmp_path) == {}
     card = (tmp_path / "phi1-engram-demo" / "README.md").read_text(encoding="utf-8")
     assert "**Es un modelo de juguete**" in card and ": el mismo Phi sin memoria, con los mismos pasos |" in card
     assert "El control es el mismo Phi de partida" in card

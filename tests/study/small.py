@@ -48,7 +48,7 @@ from engram.texts import HELD_OUT_SHARE, Skipped, standard_library, text_files
 RESULTS = Path(__file__).with_name("results.jsonl")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi-engram" / "estudio"
 # The same 16 blocks a step as in one micro-batch, in four: it stays in a small processor's cache.
-RECIPE = replace(demo.DEMO_RECIPE, batch=4, accumulate=4)
+RECIPE = replace(demo.DEMO_RECIPE, batch=4, accumulate=4, memory_rates=(2.5e-3,) * 2, table_rates=(2e-2,) * 2)
 BASE_STEPS = 1200
 # Steps of both phases: a tenth of them with Phi frozen, which lost less than a third did.
 SHORT, LONG = (20, 180), (40, 360)
