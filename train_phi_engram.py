@@ -26,6 +26,7 @@ try:
 
     from engram.checkpoints import newest_identity
     from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, short, spanish
+    from engram.copies import ON_HUB
     from engram.corpus import prepare_corpus
     from engram.folders import hold
     from engram.opening import about_memory, add_memory_options, open_model
@@ -100,8 +101,9 @@ def make_parser() -> SpanishParser:
         "--guardar-minutos", type=int, default=10, help="y también cuando pasen tantos minutos (%(default)s)"
     )
     parser.add_argument(
-        "--copia", metavar="CARPETA", help="otra carpeta, que sobreviva a esta máquina (Drive): recibe cada punto de "
-        "control y al final el resultado; con --reanudar, en otra máquina, se sigue desde ahí",
+        "--copia", metavar="CARPETA", help="otra carpeta, que sobreviva a esta máquina (Drive), o "
+        "hub:tu-usuario/nombre (el Hub, privado): recibe cada punto de control y al final el resultado; con --reanudar "
+        "se sigue desde ahí",
     )  # fmt: skip
     parser.add_argument("--conservar", type=int, default=1, help="puntos de control que se guardan (%(default)s)")
     parser.add_argument("--reanudar", action="store_true", help="seguir desde el último punto de control")
@@ -162,7 +164,10 @@ def parse(argv):
             raise UserError(unknown) from None
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
-    if args.copia and args.plan is None:
+    if args.copia and args.copia.startswith(ON_HUB):
+        if args.copia.count("/") != 1:
+            raise UserError(f"--copia {args.copia} no es válido: escribe {ON_HUB}tu-usuario/nombre.")
+    elif args.copia and args.plan is None:
         args.copia = os.path.expanduser(args.copia)
         if not os.path.isdir(args.copia):
             raise UserError(f"--copia {args.copia}: no existe esa carpeta. ¿Has montado ya Drive?")

@@ -10,8 +10,6 @@ import errno
 import json
 import math
 import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engram.console import UserError, gigabytes, out_of_memory, short, spanish
@@ -47,7 +45,7 @@ PARTS = {"shard_rows": "--repartir-filas", "shard_model": "--repartir-modelo"}  
 HOW = {*SPLIT, *PARTS, "recompute"}  # what may change on the way
 
 
-def _position(path: Path) -> tuple[int, int] | None:
+def position(path: Path) -> tuple[int, int] | None:
     """(phase, steps done), by which checkpoints are ordered; None for any other name."""
     match = re.fullmatch(r"fase-(\d+)-paso-(\d+)", path.name)
     return (int(match[1]), int(match[2])) if match else None
@@ -55,7 +53,7 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, half copied ones included."""
-    return sorted((path for path in folder.glob("fase-*") if _position(path)), key=_position)
+    return sorted((path for path in folder.glob("fase-*") if position(path)), key=position)
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -108,64 +106,11 @@ def write_checkpoint(folder: Path, state: dict, write, keep: int = 1) -> Path:
         )
         raise UserError(f"{error} {kept}") from error
     # Whole ones up to here count; a half copied one, or one of a later step than was resumed, does not.
-    kept = [path for path in all_checkpoints(folder) if _position(path) <= _position(checkpoint) and not fault(path)]
+    kept = [path for path in all_checkpoints(folder) if position(path) <= position(checkpoint) and not fault(path)]
     for path in all_checkpoints(folder):
         if path not in kept[-keep:]:
             discard(path)
     return checkpoint
-
-
-class Copies:
-    """A second place for checkpoints, on a drive that outlives the machine: filled in the background, the newest stays.
-
-    A copy that fails is said, and stops no training.
-    """
-
-    def __init__(self, folder, checkpoints: Path):
-        self.place, self.checkpoints = Path(folder).expanduser() / checkpoints.name, checkpoints
-        self.worker, self.going = ThreadPoolExecutor(1, thread_name_prefix="copia"), None
-
-    def send(self, checkpoint: Path):
-        """Begin to copy a whole checkpoint."""
-        self.going = self.worker.submit(self._copy, checkpoint)
-
-    def _copy(self, checkpoint: Path):
-        copy_folder(checkpoint, self.place / checkpoint.name)
-        for older in all_checkpoints(self.place):
-            if older.name != checkpoint.name:
-                discard(older)
-
-    def wait(self):
-        """Until the last copy is there."""
-        going, self.going = self.going, None
-        try:
-            if going:
-                going.result()
-        except (OSError, UserError, shutil.Error) as error:
-            print(f"⚠️  No se ha podido copiar el punto de control a {self.place}: {error} El entrenamiento sigue.")
-
-    def bring(self):
-        """The newest whole copy, where this machine has none as new."""
-        there = [path for path in all_checkpoints(self.place) if not fault(path)] if self.place.is_dir() else []
-        here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
-        if there and (not here or _position(here[-1]) < _position(there[-1])):
-            print(f"Traigo {there[-1].name} de {self.place} …")
-            copy_folder(there[-1], self.checkpoints / there[-1].name)
-
-    def finish(self, output: Path):
-        """The result beside the copies, which nobody needs any more."""
-        self.wait()
-        try:
-            copy_folder(output, self.place.parent / output.name)
-            discard(self.place)
-            print(f"✅ Copiado en {self.place.parent / output.name}/")
-        except (OSError, UserError, shutil.Error) as error:
-            print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")
-
-
-def copy_folder(source: Path, target: Path):
-    with whole_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def newest_identity(folder: Path) -> dict | None:

@@ -15,8 +15,9 @@ import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 
 from engram.analyses import memory_off, memory_share, shuffled_rows
-from engram.checkpoints import Copies, all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
+from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
 from engram.console import UserError, spanish
+from engram.copies import copies
 from engram.corpus import Corpus
 from engram.folders import discard, no_space, sweep
 from engram.opening import FACTS_GONE, LOG
@@ -64,7 +65,7 @@ class Training:
         self.identity = identity_of(asdict(self.recipe), corpus.digest, model.config.to_dict())
         self.state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
         self.saved = None  # the checkpoint to go on from
-        self.copies = Copies(copy, self.checkpoints) if copy and self.accelerator.is_main_process else None
+        self.copies = copies(str(copy), self.checkpoints) if copy and self.accelerator.is_main_process else None
         self.tables = self.running = self.optimizer = self.share = None
         self.saved_at = time.monotonic()
         self.accelerator.register_save_state_pre_hook(self.only_memory)
@@ -289,7 +290,8 @@ def train_model(
         output: folder to write when all is done; checkpoints go to `<output>-checkpoints` meanwhile.
         resume: go on from the last whole checkpoint.
         save_every: steps between checkpoints, or `save_minutes`, whatever comes first; `keep`: how many of them stay.
-        copy: a folder that outlives this machine; it gets each checkpoint in the background, and at the end the result.
+        copy: a folder that outlives this machine, or "hub:user/name"; it gets each checkpoint in the background, and at
+            the end the result.
         tracker: one of TRACKERS, which gets losses, rates, speed and held-out results.
         repo: user/name under which the card says that the model is found.
         control: held-out result of a twin that was trained without memory, which card and picture then show.

@@ -28,7 +28,7 @@ class Hub:
     def __init__(self, token="hf_prueba", user="usuario"):
         self.token, self.user = token, user
         self.repos, self.private, self.status, self.gated = {}, {}, {}, set()
-        self.blobs, self.requests, self.commits = {}, [], {}
+        self.blobs, self.requests, self.commits, self.squashed = {}, [], {}, 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -101,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", self.preupload),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
             (r"/api/models/([^/]+/[^/]+)/commit/[^/]+", self.commit),
+            (r"/api/models/([^/]+/[^/]+)/super-squash/[^/]+", self.squash),
             (r"/api/models/([^/]+/[^/]+)/tree/[^/]+/?(.*)", self.tree),
             (r"/api/models/([^/]+/[^/]+)/paths-info/[^/]+", self.paths_info),
             (r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.info),
@@ -114,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.error(hub.status[name], "")
             if name not in hub.repos or (hub.private[name] and not allowed):
                 return self.error(404 if allowed else 401, "RepoNotFound", "Repository not found")
-            if method in (self.preupload, self.lfs_batch, self.commit) and not allowed:
+            if method in (self.preupload, self.lfs_batch, self.commit, self.squash) and not allowed:
                 return self.error(403, "", "write access needed")
             if name in hub.gated and method == self.resolve:
                 return self.error(403, "GatedRepo", "Access to this model is restricted")
@@ -173,6 +174,10 @@ class _Handler(BaseHTTPRequestHandler):
             blob["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{blob['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
 
+    def squash(self, name):
+        self.hub.squashed += 1
+        self.answer({})
+
     def commit(self, name):
         files = self.hub.repos[name]
         for line in self.body.splitlines():
@@ -186,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = data
             elif item["key"] == "deletedFile":
                 files.pop(value["path"], None)
+            elif item["key"] == "deletedFolder":
+                for path in [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]:
+                    del files[path]
         self.hub.commits[name] += 1
         sha = self.hub.sha(name)
         self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})

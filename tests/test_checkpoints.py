@@ -24,6 +24,7 @@ import train_phi_engram as train
 from bench import kills
 from engram.console import UserError
 from engram.folders import discard, sweep, whole_folder
+from hub import Hub
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SHORT = ["--pasos-fase1", "4", "--pasos-fase2", "4", "--guardar-cada", "2", "--longitud", "256", "--lote", "1"]
@@ -283,7 +284,7 @@ def test_a_closed_terminal_and_a_stop_button_save(place):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     (closed,) = checkpoints.all_checkpoints(folder)
-    assert checkpoints.fault(closed) is None and checkpoints._position(closed) > (1, 0)
+    assert checkpoints.fault(closed) is None and checkpoints.position(closed) > (1, 0)
 
     child, terminal, seen = begun_in_a_terminal("--reanudar")
     for number in (signal.SIGHUP, signal.SIGINT):
@@ -294,7 +295,7 @@ def test_a_closed_terminal_and_a_stop_button_save(place):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130, seen.decode(errors="replace")[-2000:]
     (stopped,) = checkpoints.all_checkpoints(folder)
-    assert checkpoints.fault(stopped) is None and checkpoints._position(stopped) > checkpoints._position(closed)
+    assert checkpoints.fault(stopped) is None and checkpoints.position(stopped) > checkpoints.position(closed)
 
 
 def read_or_end(terminal) -> bytes:
@@ -320,6 +321,36 @@ def test_copies_outlive_the_machine_and_a_copy_that_fails_stops_nothing(place, w
     (drive / f"{kills.OUTPUT}-checkpoints").write_text("en medio")
     code, out = run(place, "--copia", str(drive))
     assert code == 0 and "No se ha podido copiar el punto de control" in out and weights(place) == whole, out
+
+
+def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
+    """The newest alone, private, without history; at the end the result in its place."""
+    with Hub() as hub:
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        names = dict(ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=url, HF_HUB_DISABLE_XET=True, HF_HUB_OFFLINE=False)
+        for name, value in names.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        code, out = run(place, "--copia", "hub:usuario/copias")
+        assert code == 1 and "necesita tu llave de Hugging Face" in out and not hub.repos, out
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        killed(place, "un paso", 13, 0, options=["--copia", "hub:usuario/copias"])
+        folder = place / f"{kills.OUTPUT}-checkpoints"
+        kept = {path.split("/")[1] for path in hub.repos["usuario/copias"] if path.startswith(f"{folder.name}/")}
+        assert len(kept) in (1, 2) and kept <= {"fase-1-paso-0000002", "fase-2-paso-0000000"} and hub.squashed
+        assert hub.private["usuario/copias"]
+        shutil.rmtree(folder)  # another machine
+        code, out = run(place, "--copia", "hub:usuario/copias", "--reanudar")
+        assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
+        there = hub.repos["usuario/copias"]
+        assert weights(place) == whole == there[f"{kills.OUTPUT}/{helpers.DENSE_FILE}"]
+        assert {path.split("/")[0] for path in there} <= {kills.OUTPUT, ".gitattributes"}
+        hub.status["usuario/copias"] = 403  # from now on: that stops no training
+        shutil.rmtree(place / kills.OUTPUT)
+        code, out = run(place, "--copia", "hub:usuario/copias")
+        assert code == 0 and "No se ha podido copiar" in out and "El Hub no aceptó 'usuario/copias'" in out, out
+    assert run(place, "--copia", "hub:copias")[0] == 1
 
 
 # --- full disk

@@ -1,0 +1,128 @@
+"""Checkpoints in a second place, which outlives the machine: another folder, or a private repository of the Hub."""
+
+if __name__ == "__main__":
+    raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engram.checkpoints import all_checkpoints, fault, position
+from engram.console import UserError
+from engram.folders import discard, whole_folder
+from engram.sharing import on_hub
+
+ON_HUB = "hub:"  # before a repository's name
+
+
+def copies(place: str, checkpoints: Path):
+    """Raises UserError: no such repository, and none can be made."""
+    if place.startswith(ON_HUB):
+        return HubCopies(place.removeprefix(ON_HUB), checkpoints)
+    return Copies(place, checkpoints)
+
+
+class Copies:
+    """A second place for checkpoints, on a drive that outlives the machine: filled in the background, the newest stays.
+
+    A copy that fails is said, and stops no training.
+    """
+
+    def __init__(self, folder, checkpoints: Path):
+        self.place, self.checkpoints = Path(folder).expanduser() / checkpoints.name, checkpoints
+        self.worker, self.going = ThreadPoolExecutor(1, thread_name_prefix="copia"), None
+
+    def send(self, checkpoint: Path):
+        """Begin to copy a whole checkpoint."""
+        self.going = self.worker.submit(self._copy, checkpoint)
+
+    def _copy(self, checkpoint: Path):
+        copy_folder(checkpoint, self.place / checkpoint.name)
+        for older in all_checkpoints(self.place):
+            if older.name != checkpoint.name:
+                discard(older)
+
+    def wait(self):
+        """Until the last copy is there."""
+        going, self.going = self.going, None
+        try:
+            if going:
+                going.result()
+        except (OSError, UserError, shutil.Error) as error:
+            print(f"⚠️  No se ha podido copiar el punto de control a {self.place}: {error} El entrenamiento sigue.")
+
+    def bring(self):
+        """The newest whole copy, where this machine has none as new."""
+        there = [path for path in all_checkpoints(self.place) if not fault(path)] if self.place.is_dir() else []
+        here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
+        if there and (not here or position(here[-1]) < position(there[-1])):
+            print(f"Traigo {there[-1].name} de {self.place} …")
+            copy_folder(there[-1], self.checkpoints / there[-1].name)
+
+    def finish(self, output: Path):
+        """The result beside the copies, which nobody needs any more."""
+        self.wait()
+        try:
+            copy_folder(output, self.place.parent / output.name)
+            discard(self.place)
+            print(f"✅ Copiado en {self.place.parent / output.name}/")
+        except (OSError, UserError, shutil.Error) as error:
+            print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")
+
+
+def copy_folder(source: Path, target: Path):
+    with whole_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+class HubCopies(Copies):
+    """In a private repository, of which only the newest checkpoint is kept, and no history."""
+
+    def __init__(self, repo: str, checkpoints: Path):
+        super().__init__(repo, checkpoints)
+        self.repo, self.place = repo, f"el Hub ({repo})"
+        self.ask(lambda api: api.create_repo(repo, private=True, exist_ok=True))  # now, and not after hours
+
+    def ask(self, action):
+        return on_hub(action, self.repo, "Mira la conexión y que la llave deje escribir ahí.")
+
+    def _copy(self, checkpoint: Path):
+        def upload(api):
+            inside = f"{self.checkpoints.name}/{checkpoint.name}"
+            api.upload_folder(folder_path=checkpoint, path_in_repo=inside, repo_id=self.repo, commit_message=inside)
+            for older in {path.name for path in self.there(api)} - {checkpoint.name}:
+                api.delete_folder(f"{self.checkpoints.name}/{older}", repo_id=self.repo)
+            api.super_squash_history(repo_id=self.repo)  # or what was deleted would go on taking its room
+
+        self.ask(upload)
+
+    def there(self, api) -> list[Path]:
+        """Checkpoints in the repository, oldest first: each came whole, in one commit."""
+        prefix = f"{self.checkpoints.name}/"
+        names = {name.split("/")[1] for name in api.list_repo_files(self.repo) if name.startswith(prefix)}
+        return sorted(map(Path, names), key=position)
+
+    def bring(self):
+        def download(api):
+            there = self.there(api)
+            here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
+            if there and (not here or position(here[-1]) < position(there[-1])):
+                print(f"Traigo {there[-1].name} de {self.place} …")
+                inside = f"{self.checkpoints.name}/{there[-1].name}/*"
+                api.snapshot_download(self.repo, allow_patterns=inside, local_dir=self.checkpoints.parent)
+
+        self.ask(download)
+
+    def finish(self, output: Path):
+        self.wait()
+
+        def upload(api):
+            api.upload_folder(folder_path=output, path_in_repo=output.name, repo_id=self.repo)
+            api.delete_folder(self.checkpoints.name, repo_id=self.repo)
+            api.super_squash_history(repo_id=self.repo)
+
+        try:
+            self.ask(upload)
+            print(f"✅ Copiado en {self.place}, carpeta {output.name}/")
+        except UserError as error:
+            print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")
