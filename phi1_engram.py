@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,9 @@ class PhiEngramConfig(PhiConfig):
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self):
+        # peft asks here for the kind of model when a LoraConfig names no matrices: those that it takes of a Phi.
+        if lora := getattr(sys.modules.get("peft.utils"), "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", None):
+            lora.setdefault(self.model_type, lora["phi"])
         # Left out so that a plain PhiForCausalLM opens the same folder with its own plain cache.
         hidden = ("layer_types", "number_of_conv_states")
         return {key: value for key, value in super().to_dict().items() if key not in hidden}

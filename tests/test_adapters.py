@@ -116,3 +116,10 @@ def test_what_gives_vectors_without_tokens_is_sent_to_lora(method):
     adapted = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="peft.* usa LoRA"):
         adapted(input_ids=helpers.random_ids(model, 2, 10))
+
+
+def test_lora_that_names_no_matrices_takes_those_of_phi(make_model):
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2))
+    names = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    plain = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["phi"]
+    assert names == {*plain} and not any("engram" in name for name, _ in model.named_parameters() if "lora" in name)
