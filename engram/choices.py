@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engram.analyses import mean_and_error, memory_off
+from engram.analyses import kl_divergence, mean_and_error
 from engram.console import Progress, spanish
+from engram.hooks import memory_off
 from engram.probes import NAME, Sample
 
 CONTEXT = 48  # characters before a token that an example shows
@@ -100,7 +101,7 @@ def forgetting(model, base, blocks: torch.LongTensor, batch: int = 8) -> dict:
         ids = ids.to(model.device)
         now, was = (one(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1) for one in (model, base))
         loss -= now.gather(-1, ids[:, 1:, None]).double().sum().item()
-        kl += (was.exp() * (was - now)).double().sum().item()
+        kl += kl_divergence(was, now).double().sum().item()
         changed += (now.argmax(-1) != was.argmax(-1)).sum().item()
     count = blocks[:, 1:].numel()
     return dict(old=loss / count, kl=kl / count, changed=changed / count)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
-from engram.analyses import gate_values
 from engram.console import UserError, counted, spanish
 from engram.facts import facts_read
 from engram.graft import CHAT_TEMPLATE
+from engram.hooks import gate_values
 from engram.opening import is_toy
 from engram.teaching import ARROW, Teaching, line_of_code, literal, sentence
 from engram.triggers import Lesson

@@ -19,13 +19,13 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from engram.analyses import shuffled_rows
 from engram.cards import write_control_card
 from engram.choices import NAT, WORDS, comparison, examples, learned_line, measured, verdict, worth_comparing
 from engram.console import UserError, short, spanish
 from engram.corpus import prepare_corpus
 from engram.folders import whole_folder
 from engram.graft import CHAT_TEMPLATE, load_phi_1_with_engram
+from engram.hooks import shuffled_rows
 from engram.opening import LOG
 from engram.optimizers import make_optimizer
 from engram.pictures import draw_trade

@@ -105,7 +105,7 @@ def run_steps(
     Args:
         offset: steps of earlier phases, whose batches are not read again before the corpus is through.
         on_step: called after each step with (steps done, loss in nats per token, seconds so far); may raise to stop.
-        share: as `analyses.memory_share` yields it; numbers of each step's last batch take the place of its tensors,
+        share: as `hooks.memory_share` yields it; numbers of each step's last batch take the place of its tensors,
             and are shown: a memory that adds nothing is seen in the first steps.
     Raises:
         UserError: gradients that are not finite, too many steps in a row.

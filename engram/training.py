@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 
-from engram.analyses import memory_off, memory_share, shuffled_rows
 from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
 from engram.console import UserError, spanish
 from engram.copies import copies
 from engram.corpus import Corpus
 from engram.folders import discard, no_space, sweep
+from engram.hooks import memory_off, memory_share, shuffled_rows
 from engram.opening import FACTS_GONE, LOG
 from engram.optimizers import make_optimizer, rate_factor
 from engram.processes import (

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 import engram.analyses as analyses
 import engram.choices as choices
 import engram.corpus as corpora
+import engram.hooks as hooks
 import engram.pictures as pictures
 import engram.probes as probes
 import engram.report as reports
 import helpers
 import verify_phi_engram
-from engram.analyses import RunningCKA, gate_values, gram, lens, run_states, unbiased_hsic
+from engram.analyses import RunningCKA, gram, lens, unbiased_hsic
 from engram.console import UserError, run_script, spanish
+from engram.hooks import gate_values, run_states
 from engram.probes import KINDS, label_tokens
 from engram.steps import Recipe, evaluate
 from helpers import make_phi, phi_state_dict, random_ids
@@ -163,7 +165,7 @@ def test_states_are_those_that_transformers_phi_gives(model):
     hidden = phi(ids, output_hidden_states=True).hidden_states
     for own, theirs in zip(states[:-1], hidden):
         assert torch.equal(own, theirs)
-    with analyses.memory_off(model):
+    with hooks.memory_off(model):
         for own, theirs in zip(run_states(model, ids)[0], states):
             assert torch.equal(own, theirs)
     assert model.model.use_memory
@@ -194,7 +196,7 @@ def test_gates_equal_the_layers_own_arithmetic(model):
     alone = gate_values(model, ids[:1, 5:])
     padded = gate_values(model, ids, mask)
     torch.testing.assert_close(padded[1][0, 5:], alone[1][0], rtol=1e-4, atol=1e-4)
-    with analyses.memory_off(model):
+    with hooks.memory_off(model):
         assert gate_values(model, ids) == {}
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -203,7 +205,7 @@ def test_gates_equal_the_layers_own_arithmetic(model):
 def test_without_an_order_equals_tables_whose_rows_of_it_are_zero(make_model):
     model = make_model()
     ids = random_ids(model, 2, 15)
-    with analyses.without_order(model, 3):
+    with hooks.without_order(model, 3):
         found = model(ids).logits
     whole = model(ids).logits
     for i, table in enumerate(model.model.engram_tables.values()):
@@ -434,7 +436,7 @@ def test_loss_is_that_of_train_model(models, workplace, small_tokenizer):
     numbers = analyses.analyse(model, None, small_tokenizer, sample)
     expected = evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["perdida"] == pytest.approx(expected, rel=1e-5)
-    with analyses.memory_off(model):
+    with hooks.memory_off(model):
         off = evaluate(model, corpus, recipe, "cpu")["loss"]
     assert numbers["ablacion"]["todos"]["cambios"]["sin memoria"][0] == pytest.approx(off - expected, abs=1e-5)
 
@@ -511,11 +513,11 @@ def test_share_is_what_the_memory_adds_beside_the_hidden_state(make_model):
     for layer in model.config.engram_layer_ids:
         engram = model.model.layers[layer].engram
         engram.register_forward_hook(lambda _, args, out, i=layer: seen.update({i: (args[0], out)}))
-    with torch.no_grad(), analyses.memory_share(model) as share:
+    with torch.no_grad(), hooks.memory_share(model) as share:
         assert not share
         model(ids)
         found = {layer: pair.tolist() for layer, pair in share.items()}
-        gates = analyses.gate_values(model, ids)
+        gates = hooks.gate_values(model, ids)
     for layer, (hidden, added) in seen.items():
         ratio = added.norm() / hidden.norm()
         assert found[layer] == pytest.approx([ratio.item(), gates[layer].mean().item()], rel=1e-5)  # float32 sums
@@ -531,7 +533,7 @@ def test_shuffled_rows_are_those_of_other_ngrams_of_the_same_head(make_model):
         read, before = [], model(ids).logits
         table.register_forward_hook(lambda _, args, rows: read.append(rows[..., 0].long()))
         model(ids)
-        with analyses.shuffled_rows(model):
+        with hooks.shuffled_rows(model):
             shuffled = model(ids).logits
         again = model(ids).logits
     first = primes.cumsum(0) - primes

@@ -263,7 +263,7 @@ def measure(subject: Subject, asked: list[Question], blocks) -> dict:
 
 def rows() -> dict[str, dict]:
     found = {f"recuerdos-{n}": dict(method="recuerdos", count=n) for n in (1, 10, 100)}
-    found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 8)}
+    found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 7, 8)}
     found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 9, 11)}
     found |= {f"leer-{n}": dict(method="leer", count=n) for n in (1, 10)}
     for method, rates in RATES.items():
