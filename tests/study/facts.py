@@ -244,8 +244,10 @@ def after_a_fact(reader: LlamaReader, ids: torch.Tensor) -> torch.Tensor:
 
 # ---------- Rows ----------
 
-def measure(subject: Subject, asked: list[Question], blocks) -> dict:
-    started, taken = time.process_time(), [subject.tell(one) for one in asked]
+def measure(subject: Subject, asked: list[Question], blocks, both=False) -> dict:
+    """`both`: its paraphrase is told with each."""
+    told = [again for one in asked for again in (one, one._replace(prompt=one.paraphrase))[: 1 + both]]
+    started, taken = time.process_time(), [subject.tell(one) for one in told]
     row = dict(facts=len(asked), taken=sum(taken), seconds=(time.process_time() - started) / len(asked))
     row["holds"] = sum(subject.says(one.prompt, one.target) for one in asked)
     row["after"] = sum(subject.says(text + one.prompt, one.target) for one in asked for text in OTHERS)
@@ -264,6 +266,7 @@ def measure(subject: Subject, asked: list[Question], blocks) -> dict:
 def rows() -> dict[str, dict]:
     found = {f"recuerdos-{n}": dict(method="recuerdos", count=n) for n in (1, 10, 100)}
     found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 7, 8)}
+    found |= {"frases-20": dict(method="recuerdos", count=20, both=True)}
     found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 9, 11)}
     found |= {f"leer-{n}": dict(method="leer", count=n) for n in (1, 10)}
     for method, rates in RATES.items():
@@ -319,7 +322,7 @@ def main(argv=None):
         print(f"{name} …", flush=True)
         asked = (asked_in_a_chat if wish.get("chat") else questions)(wish["count"])
         subject = Subject(wish["method"], wish.get("rate"), wish.get("length"), args.modelo)
-        row = measure(subject, asked, blocks)
+        row = measure(subject, asked, blocks, wish.get("both", False))
         done[name] = dict(fila=name, **wish, **row)
         with RESULTS.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
