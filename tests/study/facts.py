@@ -267,7 +267,7 @@ def rows() -> dict[str, dict]:
     found = {f"recuerdos-{n}": dict(method="recuerdos", count=n) for n in (1, 10, 100)}
     found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 7, 8)}
     found |= {"frases-20": dict(method="recuerdos", count=20, both=True)}
-    found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 9, 11)}
+    found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 10)}
     found |= {f"leer-{n}": dict(method="leer", count=n) for n in (1, 10)}
     for method, rates in RATES.items():
         found |= {f"{method}-{rate:g}-10": dict(method=method, rate=rate, count=10) for rate in rates}
