@@ -1,7 +1,8 @@
 """What a decoded token costs with Phi in 8 and 4 bits on a CPU, beside transformers' own Phi in float32 and bfloat16.
 
     python tests/bench/quantised.py                      # 3 layers of Phi-1's width, and as much less of its vocabulary
-    python tests/bench/quantised.py --layers 24          # Phi-1's whole shape: 6 GB on the disk, one model at a time
+    python tests/bench/quantised.py --layers 24 --apart  # Phi-1's whole shape: 6 GB on the disk, one model at a time
+    python tests/bench/quantised.py --loss 300           # what a small model loses that is trained here in float32
 
 Random weights, an untrained memory in RAM, batch 1. With few layers all models are open together and each decodes a
 token in turn; with many (--apart) one after the other. Medians with quartiles, of wall and of process time: the second
@@ -12,6 +13,7 @@ import argparse
 import gc
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PhiConfig, PhiForCausalLM, TorchAoConfig
 
 from engram.quantised import hasten, on_a_cpu, quiet_imports
-from phi1_engram import CACHE, PhiEngramForCausalLM, from_torchao
+from phi1_engram import CACHE, PhiEngramConfig, PhiEngramForCausalLM, from_torchao
 
 MEMORY = dict(engram_vocab_size=[997, 997], engram_tokenizer_compression=False)
 
@@ -42,7 +44,10 @@ def ways(shape: dict) -> dict:
     """{name: opens a model from a folder of plain Phi}."""
 
     def ours(**how):
-        return lambda folder: PhiEngramForCausalLM.from_pretrained(folder, **MEMORY, **{"dtype": torch.float32, **how})
+        how = {"dtype": torch.float32, **how}
+        return lambda folder: PhiEngramForCausalLM.from_pretrained(
+            folder, **({} if Path(folder, "model-engram-1.safetensors").is_file() else MEMORY), **how
+        )
 
     def plain(dtype):
         return lambda folder: PhiForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -92,6 +97,34 @@ def told(name: str, decoding: Decoding, prompt: int):
     print(f"{line}   entrada {prompt / decoding.prefill:7.1f} tokens/s", flush=True)
 
 
+def losses(steps: int, folder: str):
+    """A small model of the standard library's bytes, trained here in float32; the loss on others in each way."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    data = [torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in part)), dtype=torch.uint8).long()
+            for part in (sources[::2], sources[1:40:2])]  # fmt: skip
+    shape = dict(hidden_size=256, intermediate_size=1024)
+    torch.manual_seed(0)
+    config = PhiEngramConfig(
+        vocab_size=256, num_hidden_layers=4, num_attention_heads=4, engram_layer_ids=[1], n_embed_per_ngram=64,
+        n_head_per_ngram=4, **shape, **{**MEMORY, "engram_vocab_size": [4999, 4999]},
+    )  # fmt: skip
+    model = PhiEngramForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(data[0]) - 128, (4,))
+        ids = torch.stack([data[0][start : start + 128] for start in starts])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    model.save_pretrained(folder)
+    held, exact = data[1][: 16 * 256].view(4, 4, 256), None
+    for name, way in ways(shape).items():
+        if not name.startswith("Phi"):
+            with torch.no_grad():
+                loss = sum(way(folder)(ids, labels=ids).loss.item() for ids in held) / len(held)
+            exact = exact or loss
+            print(f"{name:20s} pérdida {loss:.4f} ({100 * (loss / exact - 1):+.2f} %)", flush=True)
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,10 +135,14 @@ def main():
     parser.add_argument("--apart", action="store_true", help="one model after the other")
     parser.add_argument("--only", nargs="*", help="parts of the names of those to be measured")
     parser.add_argument("--folder", help="where the weights are written; by default a temporary folder")
+    parser.add_argument("--loss", type=int, metavar="STEPS", help="train a small model for so long, and measure it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.loss:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.enable_grad():
+            return losses(options.loss, folder)
     shape = dict(
         vocab_size=51200 * options.layers // 24, hidden_size=2048, intermediate_size=8192,
         num_hidden_layers=options.layers, num_attention_heads=32, bos_token_id=None, eos_token_id=None,
