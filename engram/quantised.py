@@ -7,8 +7,6 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import importlib.util
-import logging
-from contextlib import contextmanager
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -51,15 +49,14 @@ def on_a_card(kind: str) -> dict:
 
 
 def on_a_cpu(kind: str, config: dict) -> dict:
-    with quiet_imports():
-        from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
 
-        if kind == "int8":
-            # The head too, where it is no embedding as well: it is read whole for each token.
-            kept = None if config.get("tie_word_embeddings") else []
-            how = Int8WeightOnlyConfig(set_inductor_config=False)
-            return {"quantization_config": TorchAoConfig(how, modules_to_not_convert=kept)}
-        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+    if kind == "int8":
+        # The head too, where it is no embedding as well: it is read whole for each token.
+        kept = None if config.get("tie_word_embeddings") else []
+        how = Int8WeightOnlyConfig(set_inductor_config=False)
+        return {"quantization_config": TorchAoConfig(how, modules_to_not_convert=kept)}
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     wide = [config[name] for name in ("hidden_size", "intermediate_size")]
     group = next((size for size in (128, 64, 32) if not any(width % size for width in wide)), None)
     if group is None:
@@ -94,14 +91,3 @@ def hasten(model):
         if isinstance(module, FrozenLinear) and type(module.weight).__name__ == "Int8Tensor":
             module.__class__ = Int8Linear
     return model
-
-
-@contextmanager
-def quiet_imports():
-    """Without torchao's remarks on kernels for cards that are not here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

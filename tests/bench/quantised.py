@@ -24,15 +24,15 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig, PhiConfig, PhiForCausalLM, TorchAoConfig
 
-from engram.quantised import hasten, on_a_cpu, quiet_imports
+from engram.quantised import hasten, on_a_cpu
 from phi1_engram import CACHE, PhiEngramConfig, PhiEngramForCausalLM, from_torchao
 
 MEMORY = dict(engram_vocab_size=[997, 997], engram_tokenizer_compression=False)
 
 
 def rounded_inputs():
-    with quiet_imports():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
     return {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))}
 
 
