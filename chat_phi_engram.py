@@ -35,7 +35,7 @@ try:
     from engram.conversation import TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
     from engram.facts import described
-    from engram.opening import about_memory, add_memory_options, n_values, open_model
+    from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
     from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, LOOPED, advice, meant, order
     from engram.teaching import ARROW
     from phi1_engram import EngramFileError
@@ -291,16 +291,16 @@ def default_model() -> Path:
     )
 
 
-def open_for_chat(name, note, storage="auto", memory=None):
+def open_for_chat(name, note, storage="auto", memory=None, quantised="no"):
     """Model and tokenizer on the GPU if there is one, telling `note` what they are."""
     gpu = torch.cuda.is_available()
     note(f"Abriendo {name} …")
     # Half precision on a GPU takes half the memory; on a CPU it would only be slow.
     dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
-    model, tokenizer = open_model(name, dtype, device, storage, memory)
+    model, tokenizer = open_model(name, dtype, device, storage, memory, quantised=quantised)
     millions = spanish(n_values(model) / 1e6, 1)
     where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
-    precision = str(model.dtype).removeprefix("torch.")
+    precision = str(model.dtype).removeprefix("torch.") if quantised == "no" else quantised
     note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.")
     note(f"{about_memory(model, memory or name)}\n{advice(model)}")
     return model, tokenizer
@@ -333,6 +333,7 @@ def main(argv=None) -> int:
         help="carpeta de lo que se le enseña con «aprende»: se abre al empezar y se guarda cada vez",
     )  # fmt: skip
     add_memory_options(parser)
+    add_quantising_option(parser)
     options = parser.parse_args(argv)
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
@@ -359,7 +360,7 @@ def main(argv=None) -> int:
             "   O conversa en una celda, sin «!»: from chat_phi_engram import run_chat; run_chat()"
         )
     name = str(options.modelo or default_model())
-    model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria)
+    model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria, options.cuantizar)
     code, temperature = suited(model, options.codigo, options.temperatura)
     settings = (code, options.max_tokens, temperature, options.semilla, options.recuerdos)
     longest = model.config.max_position_embeddings // 2

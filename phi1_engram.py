@@ -53,6 +53,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers import HfQuantizer
 from transformers.utils import cached_file, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import capture_outputs
@@ -233,18 +234,11 @@ def vocabulary_projection(tokenizer, vocab_size: int, pad_id: int) -> torch.Long
     if pad_id >= n_tokens:
         raise ValueError(f"engram_pad_id={pad_id} no es un token del tokenizer, que va de 0 a {n_tokens - 1}.")
     one_space = "\ue000"  # private-use character: survives Strip, which would delete a lone space
-    normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.NFD(),
-            normalizers.StripAccents(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
-            normalizers.Replace(Regex(r"^ $"), one_space),
-            normalizers.Strip(),
-            normalizers.Replace(one_space, " "),
-        ]
-    )
+    normalizer = normalizers.Sequence([
+        normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "), normalizers.Replace(Regex(r"^ $"), one_space),
+        normalizers.Strip(), normalizers.Replace(one_space, " "),
+    ])  # fmt: skip
     canonical, projection = {}, []
     for token_id in range(n_tokens):
         text = tokenizer.decode([token_id], skip_special_tokens=False)
@@ -422,6 +416,9 @@ class EngramFileError(OSError):
     """A file of the memory cannot be used; the text says in Spanish why."""
 
 
+OTHER_ROWS = "sus filas no son las que se guardaron con este modelo"
+
+
 class TableFile:
     """Rows inside a safetensors file, each read when it is asked for.
 
@@ -429,7 +426,7 @@ class TableFile:
 
     Args:
         path: the file. key: its tensor. n_rows, d_head: what the table has to hold.
-        mate: digest of the dense weights beside which the rows are used; compared where the file keeps one.
+        mate: what the dense weights' file says of those beside which it was saved; compared where this one says it too.
     Raises EngramFileError: unreadable, truncated, of another shape, or not the rows that were saved here.
     """
 
@@ -452,9 +449,9 @@ class TableFile:
         self.start, self.step = 8 + length + begin, max(1, CHUNK // self.row_bytes)
         if end - begin != n_rows * self.row_bytes or size < 8 + length + end:
             raise self._bad(f"está a medias: tiene {size} bytes de {8 + length + end}")
-        self.mate = meta.get("engram_mate")
+        self.mate, self.told = meta.get("engram_mate"), "engram_told" in meta
         if None not in (mate, self.mate) and self.mate != mate:
-            raise self._bad("sus filas no son las que se guardaron con este modelo")
+            raise self._bad(OTHER_ROWS)
         if "engram_digest" in meta and meta["engram_digest"] != self.digest():
             raise self._bad("sus filas no son las que se guardaron")
 
@@ -514,7 +511,7 @@ def write_table(path, key: str, chunks: Iterable[torch.Tensor], dtype: torch.dty
     entry = {"dtype": name, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
 
     def header(**digest):
-        mates = {"engram_mate": mate} if mate else {}
+        mates = {"engram_mate": mate, "engram_told": "1"} if mate else {}  # told: the dense weights' file says it too
         text = json.dumps({"__metadata__": {"format": "pt", **mates, **digest}, key: entry}).encode()
         return text.ljust(4096 - 8)  # the format allows spaces
 
@@ -1058,18 +1055,78 @@ class PhiEngramDecoderLayer(GradientCheckpointingLayer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def from_torchao(weight) -> bool:
+    return type(weight).__module__.startswith("torchao")
+
+
+def dequantised(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in], also where torchao keeps a weight in a way that cannot be turned back but by multiplying."""
+    if not from_torchao(weight):
+        return weight
+    if type(weight).dequantize is not torch.Tensor.dequantize:
+        return weight.dequantize()
+    return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
+
+
+class ThroughQuantised(torch.autograd.Function):
+    """x -> x W^T + b by a kernel without a derivative; its gradient is that of the same weights dequantised."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ dequantised(ctx.layer.weight).to(gradient.dtype), None
+
+
+class FrozenLinear(nn.Linear):
+    """A layer of torchao's, which alone would let a gradient by (the residual stream's) and stop its own unsaid."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return ThroughQuantised.apply(x, self)
+        return super().forward(x)
+
+
+def unpack_4bit(layer, args):
+    """What bitsandbytes packs 4 bits into on a CPU has no derivative, and is unpacked to be saved."""
+    packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    if packed and torch.is_grad_enabled() and args[0].requires_grad:
+        layer.state_dict()
+
+
+class Saving(HfQuantizer):
+    """How transformers learns which tensors it saves and what their files say: it asks a model's quantiser alone."""
+
+    is_trainable = False
+
+    def __init__(self, inner: HfQuantizer | None, state: dict, told: dict[str, str]):
+        self.inner, self.state, self.told = inner, state, told
+
+    def get_state_dict_and_metadata(self, model, *args):
+        state, told = self.inner.get_state_dict_and_metadata(model, *args) if self.inner else (None, {})
+        state = self.state if state is None else {key: state[key] for key in state if "engram_tables" not in key}
+        return state, {**told, **self.told}
+
+    def is_serializable(self, *args) -> bool:
+        return self.inner is None or self.inner.is_serializable(*args)
+
+
 def sign_digest(tensors: dict[str, torch.Tensor]) -> str | None:
     """Digest of weights that is the same in every precision: rounding keeps the sign bit of a number.
 
-    Up to 65,536 numbers spread over each tensor. None where a tensor is offloaded.
+    Up to 65,536 numbers spread over each tensor; of packed ones, the bytes. None where a tensor is offloaded.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        flat = tensors[name].detach().flatten()
+        flat = dequantised(tensors[name]).detach().flatten()
         if flat.device.type == "meta":
             return None
-        signs = torch.signbit(flat[:: max(1, len(flat) // 2**16)]).cpu().numpy()
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + np.packbits(signs).tobytes())
+        sample = flat[:: max(1, len(flat) // 2**16)].cpu()
+        bits = np.packbits(torch.signbit(sample).numpy()) if flat.is_floating_point() else sample.numpy()
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + bits.tobytes())
     return digest.hexdigest()
 
 
@@ -1104,6 +1161,11 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     return "disco", f"ocupa {giga};{no_gpu} y solo hay {room} libres en RAM"
 
 
+REWRITTEN = (
+    "Los pesos densos de la memoria de «{}», capa {}, los ha escrito otro programa después de guardarse con sus filas "
+    "(una mezcla de modelos, por ejemplo). Se abre; si no los has mezclado tú, vuelve a copiar el modelo entero."
+)
+MIXED = "si has mezclado sus pesos tú, abre antes cada modelo, guárdalo con save_pretrained y mezcla lo guardado"
 WRAPPED = re.compile(r"\.(base_layer|original_module)\.")  # names of what peft has put something around
 MADE_FOR = {
     "projection": "otra proyección del vocabulario (otro tokenizer)",
@@ -1137,6 +1199,16 @@ def weight_files(name, variant, hub: dict) -> dict[str, str]:
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
 
 
+def read_tensors(name, weights: dict[str, str], hub: dict) -> tuple[dict, dict[str, str]]:
+    """Tensors of a checkpoint, {tensor: file}, as they are on the disk, and what these files say."""
+    tensors, told = {}, {}
+    for path in {*weights.values()}:
+        with safe_open(find_file(name, path, hub), "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys() if weights.get(key) == path}
+            told |= file.metadata() or {}
+    return tensors, told
+
+
 def bad_table(name, variant, hub: dict) -> str | None:
     """Which file of rows that the index names cannot be opened, in Spanish."""
     for file in {file for key, file in weight_files(name, variant, hub).items() if "engram_tables" in key}:
@@ -1161,6 +1233,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     memory_reason = ""  # why the rows are where they are, in Spanish
+    was_phi: str | None = None  # digest of what a quantised Phi was before
     _can_record_outputs = {"hidden_states": PhiEngramDecoderLayer, "attentions": PhiAttention}
 
     @torch.no_grad()
@@ -1203,6 +1276,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             if bad := bad_table(*source):
                 raise EngramFileError(bad) from error
             raise
+        if getattr(model, "is_quantized", False):
+            model._settle_quantised(*(source if empty else ()))
         if empty:
             absent = model._open_tables(*source, info["missing_keys"], engram_storage)
             info["missing_keys"] = type(info["missing_keys"])([*info["missing_keys"], *absent])
@@ -1243,6 +1318,21 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
         self.memory_reason = reason
 
+    def _settle_quantised(self, name=None, variant=None, hub=None):
+        """Of a quantised model: the memory in the model's own precision, gradients through every layer, and what its
+        Phi was before, for `fingerprints`."""
+        for module in [*self.modules()]:
+            if isinstance(module, EngramLayer):
+                module.to(self.dtype)
+            elif type(module) is nn.Linear and from_torchao(module.weight):
+                module.__class__ = FrozenLinear
+            elif type(module).__name__ == "Linear4bit":
+                module.register_forward_pre_hook(unpack_4bit)
+        if name is not None and self.can_generate():
+            weights = weight_files(name, variant, hub)
+            tensors, told = read_tensors(name, {key: weights[key] for key in self._phi if key in weights}, hub)
+            self.was_phi = told.get("engram_phi") or sign_digest(tensors)
+
     def _open_tables(self, name, variant, hub, missing, wanted: str) -> list[str]:
         """Give the empty tables the rows of a checkpoint, in their precision or the model's where that is smaller.
 
@@ -1254,16 +1344,26 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             key = f"engram_tables.{layer_id}.weight"  # as `PhiEngramModel` alone writes it
             key = key if key in weights else f"model.{key}"
             # Where none is named, an earlier version wrote it beside the others, under a name without variant.
-            path, mate = find_file(name, weights.get(key, TABLE_FILE.format(layer_id)), hub), self._mate(layer_id)
+            path = find_file(name, weights.get(key, TABLE_FILE.format(layer_id)), hub)
             lost = [key for key in missing if f"layers.{layer_id}.engram." in key]
+            part = {name: file for name, file in weights.items() if f"layers.{layer_id}.engram." in name}
+            dense, told = read_tensors(name, part, hub)
+            # A value in both files tells a pair, whatever was done to the weights since.
+            mate = None if lost else told.get(f"engram_mate_{layer_id}")
             if path is not None:
-                table.file = TableFile(path, key, table.n_rows, table.d_head, None if lost else mate)
-                if lost and table.file.mate not in (None, mate):
+                table.file = TableFile(path, key, table.n_rows, table.d_head, mate)
+                own = mate or self._mate(layer_id, None if lost else dense)
+                mixed = table.file.mate not in (None, own)
+                if mixed and lost:
                     table.file = None
                     logger.warning(
                         f"A «{name}» le falta {min(lost)}: sus filas de la capa {layer_id} no se leen, y esa memoria "
                         "queda sin entrenar. Vuelve a copiar el modelo entero."
                     )
+                elif mixed and table.file.told:
+                    logger.warning(REWRITTEN.format(name, layer_id))
+                elif mixed:  # of an earlier version, whose dense weights' file says nothing
+                    raise table.file._bad(f"{OTHER_ROWS} ({MIXED})")
             if table.file is None:
                 table.own(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
                 absent.append(self._table_key(layer_id))
@@ -1308,20 +1408,27 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                 "save_pretrained del PeftModel, o fúndelo antes: peft_model.merge_and_unload().save_pretrained(…)"
             )
         folder, suffix, tables = Path(save_directory), f".{variant}" if variant else "", []
+        mates = {} if adapter else {i: self._mate(i, state) for i in self.config.engram_layer_ids}
         if is_main_process and not adapter:
             folder.mkdir(parents=True, exist_ok=True)
             if stale := next(folder.glob("pytorch_model.bin*"), None):
                 raise ValueError(f"Otros leerían {stale} en lugar de lo que se guarda: bórralo o elige otra carpeta.")
-            for layer_id in self.config.engram_layer_ids:
+            for layer_id, mate in mates.items():
                 table, key = self.base_model.engram_tables[str(layer_id)], self._table_key(layer_id)
                 if key in given:  # gathered by a trainer, perhaps
                     table = EngramTable(table.n_rows, table.d_head, empty=True)
                     table.own(given[key])
                 tables.append(folder / TABLE_FILE.format(layer_id).replace("model", f"model{suffix}"))
-                dtype, mate = PRECISIONS.get(engram_precision, table.dtype), self._mate(layer_id, state)
+                dtype = PRECISIONS.get(engram_precision, table.dtype)
                 write_table(tables[-1], key, table.chunks(dtype), dtype, table.n_rows, table.d_head, mate)
         kwargs |= dict(is_main_process=is_main_process, variant=variant, state_dict=None if adapter else state)
-        super().save_pretrained(save_directory, **kwargs)
+        told = {"engram_phi": self.was_phi, **{f"engram_mate_{i}": mate for i, mate in mates.items()}}
+        told, quantiser = {key: text for key, text in told.items() if text}, vars(self).get("hf_quantizer")
+        try:
+            self.hf_quantizer = quantiser if adapter else Saving(quantiser, state, told)
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.hf_quantizer = quantiser
         if tables:
             index_files(folder, suffix, tables)
             if self.can_generate():
@@ -1451,6 +1558,8 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
         if empty_tables:  # transformers need not know of what is read apart
             self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
+        if getattr(config, "quantization_config", None):  # the memory's own weights are few, and stay as they are
+            self._keep_in_fp32_modules = [r".+\.engram\."]
         self.use_memory = True  # False: plain Phi, to the last bit; of the running process, never saved
         self.gradient_checkpointing = False
         self.post_init()
@@ -1541,16 +1650,11 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
     @capture_outputs
     @old_cache_name
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None,
+        past_key_values: Cache | None = None, **kwargs,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """
         Args:
             input_ids: int64 [B, T]; always needed, as the memory is addressed by tokens.
@@ -1634,11 +1738,12 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         plain = {WRAPPED.sub(".", name): tensor for name, tensor in self.state_dict().items()}
         by_token = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
-        backbone = {name: plain[name][: n_tokens if name in by_token else None] for name in self._phi}
+        names = () if self.was_phi else self._phi
+        backbone = {name: plain[name][: n_tokens if name in by_token else None] for name in names}
         return {
             "projection": hashlib.sha256(ids.token_map[:n_tokens].cpu().numpy().tobytes()).hexdigest(),
             "hash": hashlib.sha256(repr(layout).encode()).hexdigest(),
-            "backbone": sign_digest(backbone),
+            "backbone": self.was_phi or sign_digest(backbone),
         }
 
     def set_facts(self, facts: Iterable[Fact]):
@@ -1703,18 +1808,12 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     @old_cache_name
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        past_key_values: Cache | None = None,
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None, labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, past_key_values: Cache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """`PhiEngramModel.forward`, plus:
 
         Args:

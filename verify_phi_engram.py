@@ -26,7 +26,7 @@ try:
         verify,
     )
     from engram.console import SpanishParser, UserError, counted, run_script, spanish
-    from engram.opening import about_memory, add_memory_options, n_values, open_model
+    from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
     from phi1_engram import PHI_1
 except ImportError as error:
     sys.exit(
@@ -45,6 +45,7 @@ def main(argv=None) -> int:
         "--modelo", metavar="CARPETA_O_NOMBRE", help="comprueba este modelo: una carpeta, o usuario/nombre en el Hub"
     )
     add_memory_options(parser)
+    add_quantising_option(parser)
     depth = parser.add_argument_group("mirar por dentro un modelo entrenado (resultados en profundidad/)")
     depth.add_argument(
         "--profundidad", metavar="CARPETA_O_NOMBRE", help="LogitLens, CKA, puertas, ablación y tablas de este modelo"
@@ -68,6 +69,8 @@ def main(argv=None) -> int:
     memory = {"storage": options.memoria, "memory": options.cambiar_memoria}
     if not (options.modelo or options.profundidad) and (options.memoria != "auto" or options.cambiar_memoria):
         parser.error("--memoria y --cambiar-memoria son para un modelo guardado: dilo con --modelo o --profundidad.")
+    if options.cuantizar != "no" and not options.modelo:
+        parser.error("--cuantizar es para comprobar un modelo guardado: dilo con --modelo.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -92,7 +95,9 @@ def main(argv=None) -> int:
             torch.set_num_threads(1)  # threads would spend longer waiting for each other than on so small a model
         if options.modelo:
             # float32, because only there is "the same" sharp; nothing is written into the folder.
-            model, tokenizer = open_model(options.modelo, torch.float32, device, **memory)
+            model, tokenizer = open_model(
+                options.modelo, torch.float32, device, **memory, quantised=options.cuantizar
+            )
             print(f"   {about_memory(model)}")
             label = options.modelo
         else:

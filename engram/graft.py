@@ -119,7 +119,12 @@ def graft_difference(model, ids) -> float:
         phi = transformers.AutoModelForCausalLM.from_config(
             transformers.PhiConfig(**fields), attn_implementation=model.config._attn_implementation
         )
-    phi.load_state_dict({k: v for k, v in model.state_dict().items() if "engram" not in k}, assign=True)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "engram" not in name}
+    for name, module in model.named_modules() if getattr(model, "is_quantized", False) else ():
+        if isinstance(module, torch.nn.Linear) and "engram" not in name:
+            phi.set_submodule(name, module)  # quantised alike
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+    phi.load_state_dict(state, strict=not getattr(model, "is_quantized", False), assign=True)
     phi.model.rotary_emb = type(phi.model.rotary_emb)(phi.config).to(model.device)  # its buffers are in no checkpoint
     expected, logits = phi.eval()(ids).logits, model(ids).logits
     if torch.equal(expected, logits):

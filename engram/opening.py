@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from engram.memories import MEMORY_FILE, load_memory
+from engram.quantised import BITS, hasten, quantisation
 from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM, unpack
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
@@ -190,7 +191,7 @@ def open_checked(name, new=None, **kwargs):
     return model.eval()
 
 
-def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=None):
+def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=None, quantised="no"):
     """Open a checkpoint of Phi with memory.
 
     Args:
@@ -199,13 +200,15 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
         storage: where the memory's rows live: "gpu", "ram", "disco" or "auto".
         memory: a memory to put in place of its own: folder, or user/name on the Hub.
         cure: what to advise where memory does not suffice; by default, to leave the rows on the disk.
+        quantised: "int8" or "int4": open Phi in so many bits, and in the precision that goes with them.
     Returns:
         model (eval mode, on `device`), tokenizer.
     Raises:
         UserError: it cannot be opened; a Spanish sentence says what to do.
     """
     name = find_model(name)
-    kind = read_config(name)["model_type"]
+    config = read_config(name)
+    kind = config["model_type"]
     if kind == "phi":
         command = f"python load_phi_engram.py --modelo {shlex.quote(name)} --salida mi-phi-engram"
         raise UserError(f"«{name}» es un Phi sin memoria Engram. Injértasela con: {command}")
@@ -218,8 +221,10 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
     with explained(name, cure):
         source = where_from(name)
         tokenizer = open_tokenizer(name, **source)
-        model = open_checked(name, dtype=dtype or "auto", engram_storage=storage, **source)
-        model = model if device is None else model.to(device)
+        how = {"dtype": dtype or "auto", **quantisation(quantised, config, str(device).startswith("cuda"))}
+        model = open_checked(name, engram_storage=storage, **how, **source)
+        placed = device is None or getattr(model, "is_quantized", False)  # where its library has put it
+        model = hasten(model) if placed else model.to(device)
     if memory is not None:
         change_memory(model, memory)
     return model, tokenizer
@@ -252,6 +257,14 @@ def add_memory_options(parser):
     parser.add_argument(
         "--cambiar-memoria", metavar="CARPETA_O_NOMBRE", help="usa esta otra memoria, entrenada sobre el mismo Phi"
     )
+
+
+def add_quantising_option(parser):
+    parser.add_argument(
+        "--cuantizar", default="no", choices=BITS, metavar="BITS",
+        help="Phi en 8 o 4 bits (int8, int4): ocupa menos y responde antes, y ya no es exactamente el mismo; en la CPU "
+        "con torchao, en una GPU con bitsandbytes (por defecto, no)",
+    )  # fmt: skip
 
 
 def about_memory(model, name=None) -> str:

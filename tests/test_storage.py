@@ -374,6 +374,63 @@ def test_a_bad_file_is_found_when_it_is_opened(saved, tmp_path, breakage, place)
         opened(tmp_path / "it", place)
 
 
+def rewrite(folder, change, **told):
+    """Write the dense weights' file once more, as another program does that has read it."""
+    path = folder / helpers.DENSE_FILE
+    tensors = load_file(path)
+    for name in tensors:
+        if ".engram." in name:
+            tensors[name] = change(name, tensors[name])
+    save_file(tensors, path, {"format": "pt", **told})
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_averaged_dense_weights_open_beside_their_rows(saved, tmp_path, place, keeps):
+    """Which is said where the program that wrote them has not kept what the file said."""
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    other = helpers.make_model(seed=9).state_dict()
+    with safe_open(tmp_path / "it" / helpers.DENSE_FILE, "pt") as file:
+        told = file.metadata() if keeps else {}
+    rewrite(tmp_path / "it", lambda name, tensor: (tensor + other[name]) / 2, **told)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phi1_engram.logger, "warning", lambda text, *args: said.append(text))
+        model = opened(tmp_path / "it", place)
+    assert ["otro programa" in text for text in said] == ([] if keeps else [True, True])  # one for each layer
+    name = "model.layers.1.engram.value_proj.weight"
+    assert torch.equal(model.state_dict()[name], load_file(tmp_path / "it" / helpers.DENSE_FILE)[name])
+    expected = opened(folders["float32"]).model.engram_tables["1"].weight
+    assert all(map(torch.equal, model.model.engram_tables["1"].chunks(torch.float32), expected.split(10**6)))
+    model.save_pretrained(tmp_path / "again")  # a pair from now on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phi1_engram.logger, "warning", lambda text, *args: pytest.fail(text))
+        ids = helpers.random_ids(model, 2, 12)
+        assert torch.equal(logits(opened(tmp_path / "again"), ids), logits(model, ids))
+
+
+def test_dense_weights_of_another_training_are_found(saved, tmp_path):
+    _, folders = saved
+    shutil.copytree(folders["float32"], tmp_path / "it")
+    helpers.make_model(seed=9).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / helpers.DENSE_FILE, tmp_path / "it")
+    with pytest.raises(EngramFileError, match="no son las que se guardaron con este modelo"):
+        opened(tmp_path / "it")
+
+
+def test_what_an_earlier_version_saved_and_was_mixed_up_is_found(tmp_path):
+    """Its dense weights' file says nothing, so that their digest has to do; how to mix them on purpose is said."""
+    folder = Path(__file__).resolve().parent / "saved" / "entrenado"
+    shutil.copytree(folder, tmp_path / "it")
+    opened(tmp_path / "it")
+    path = tmp_path / "it" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: -x if ".engram.key" in name else x for name, x in tensors.items()}, path, {"format": "pt"})
+    with pytest.raises(EngramFileError, match="mezclado sus pesos tú.*save_pretrained"):
+        opened(tmp_path / "it")
+
+
 def test_a_file_of_another_shape_is_refused(saved, tmp_path):
     _, folders = saved
     shutil.copytree(folders["float32"], tmp_path / "it")

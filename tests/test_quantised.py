@@ -1,0 +1,274 @@
+"""Phi in 8 and 4 bits: what is intact opens, the memory stays what it is, and its rows still learn.
+
+What needs torchao or bitsandbytes is skipped without it. The mate check itself is in test_storage.py.
+"""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PhiForCausalLM, TorchAoConfig
+
+import helpers
+from engram import quantised
+from engram.checks import verify
+from engram.console import UserError
+from engram.facts import teach
+from engram.memories import load_memory, save_memory
+from engram.opening import open_model
+from phi1_engram import EngramFileError, FrozenLinear, PhiEngramForCausalLM, dequantised, from_torchao
+
+PLAIN = dict(hidden_size=64, intermediate_size=128)
+
+
+def ao(kind, **kw):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    if kind == "int4":
+        return quantised.on_a_cpu("int4", PLAIN)["quantization_config"]
+    return TorchAoConfig((Int8DynamicActivationInt8WeightConfig if kind == "int8" else Int8WeightOnlyConfig)(**kw))
+
+
+WAYS = {
+    "torchao int8": lambda: ao("int8", set_inductor_config=False),
+    "torchao int8 weights": lambda: ao("weights", set_inductor_config=False),
+    "torchao int4": lambda: ao("int4"),
+    "bitsandbytes 8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes 4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+}
+TORCHAO, SAVED = [way for way in WAYS if "torchao" in way], [way for way in WAYS if way != "torchao int4"]
+
+
+def ways(names=WAYS):
+    return [
+        pytest.param(
+            way,
+            marks=pytest.mark.skipif(
+                not importlib.util.find_spec(way.split()[0]), reason=f"pip install {way.split()[0]}"
+            ),
+        )
+        for way in names
+    ]
+
+
+def opened(folder, way=None, **kw):
+    how = {} if way is None else {"quantization_config": WAYS[way]()}
+    return PhiEngramForCausalLM.from_pretrained(folder, **how, **kw).eval()
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits.float()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model, folder = helpers.make_model(attn="sdpa", **PLAIN), tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("place", ["ram", "disco"])
+@pytest.mark.parametrize("way", ways())
+def test_a_checkpoint_opens_with_its_memory_unquantised(saved, way, place):
+    model, folder = saved
+    small, ids = opened(folder, way, engram_storage=place), helpers.random_ids(model, 2, 16)
+    for name, tensor in model.state_dict().items():
+        if ".engram." in name:
+            assert torch.equal(small.state_dict()[name].float(), tensor.to(small.dtype).float()), name
+    linear = [m for name, m in small.named_modules() if isinstance(m, nn.Linear) and "engram" not in name]
+    assert sum(type(m.weight) is not nn.Parameter for m in linear) >= len(linear) - 1  # all but the head
+    error = (logits(small, ids) - logits(model, ids)).norm() / logits(model, ids).norm()
+    assert error < (0.35 if "4" in way else 0.1)  # of 4 layers of width 64, random weights
+    small.model.use_memory = False
+    assert (logits(small, ids) - logits(model, ids)).norm() / logits(model, ids).norm() > 2 * error
+    assert small.fingerprints() == model.fingerprints()
+
+
+@pytest.mark.parametrize("way", ways())
+def test_rows_of_another_training_are_still_found(saved, tmp_path, way):
+    model, folder = saved
+    model.save_pretrained(tmp_path)
+    helpers.make_model(seed=9, **PLAIN).save_pretrained(tmp_path / "other")
+    name = "model-engram-1.safetensors"
+    (tmp_path / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(EngramFileError, match="no son las que se guardaron con este modelo"):
+        opened(tmp_path, way)
+
+
+@pytest.mark.parametrize("way", ways(SAVED))
+def test_what_is_saved_in_few_bits_holds_its_rows_once_and_opens(saved, tmp_path, way):
+    model, folder = saved
+    small, ids = opened(folder, way), helpers.random_ids(model, 2, 16)
+    small.save_pretrained(tmp_path)
+    rows = [name for file in tmp_path.glob("*.safetensors") for name in names_in(file) if "engram_tables" in name]
+    assert sorted(rows) == [f"model.engram_tables.{i}.weight" for i in (1, 2)]
+    whole, packed = (sum(file.stat().st_size for file in of.glob("*.safetensors")) for of in (folder, tmp_path))
+    assert packed < whole
+    for place in ("ram", "disco"):
+        again = opened(tmp_path, engram_storage=place)
+        assert torch.equal(logits(again, ids), logits(small, ids))
+        assert again.fingerprints() == model.fingerprints()
+    name = "model-engram-2.safetensors"
+    helpers.make_model(seed=9, **PLAIN).save_pretrained(tmp_path / "other")
+    (tmp_path / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(EngramFileError, match="no son las que se guardaron con este modelo"):
+        opened(tmp_path)
+
+
+def names_in(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as inside:
+        return list(inside.keys())
+
+
+GRAFT = dict(
+    engram_layer_ids=[1, 2], engram_vocab_size=[211, 307], n_embed_per_ngram=16, n_head_per_ngram=4,
+    engram_tokenizer_compression=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["while it opens", "saved so"])
+@pytest.mark.parametrize("way", ways())
+def test_a_fresh_graft_on_a_quantised_phi_is_that_phi(tmp_path, way, before):
+    if before and way not in SAVED:
+        pytest.skip("torchao does not save this kind")
+    phi = helpers.make_phi(attn="sdpa", **PLAIN)
+    phi.save_pretrained(tmp_path)
+    expected = PhiForCausalLM.from_pretrained(tmp_path, quantization_config=WAYS[way]()).eval()
+    if before:
+        expected.save_pretrained(tmp_path)
+    how = {} if before else {"quantization_config": WAYS[way]()}
+    grafted = PhiEngramForCausalLM.from_pretrained(tmp_path, **how, **GRAFT).eval()
+    assert type(grafted.model.layers[1].engram.key_proj.weight) is nn.Parameter
+    assert grafted.model.layers[1].engram.key_proj.weight.any()
+    ids = helpers.random_ids(grafted, 2, 16)
+    assert torch.equal(logits(grafted, ids), logits(expected, ids))
+
+
+def rounded(x):
+    """To 8 bits by row, as torchao does it: 255 steps of the range, symmetric, -128 to 127."""
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def learning_rows(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("engram_tables" in name)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("way", ways())
+def test_gradients_reach_the_rows_as_through_the_same_weights_dequantised(saved, way):
+    """bitsandbytes' own derivative, and ours of torchao's kernels, some of which have none."""
+    model, folder = saved
+    small, ids = opened(folder, way), helpers.random_ids(model, 2, 16)
+    exact = opened(folder, dtype=torch.float32)
+    if "torchao" in way:
+        assert any(isinstance(module, FrozenLinear) for module in small.modules())
+        for name, parameter in small.named_parameters():
+            if from_torchao(parameter):
+                exact.get_parameter(name).data = dequantised(parameter).detach().float()
+    if way == "torchao int8":  # its kernel rounds activations too, and their rounding lets gradients by
+        for name, module in exact.named_modules():
+            if from_torchao(small.get_submodule(name).weight if isinstance(module, nn.Linear) else None):
+                module.register_forward_pre_hook(lambda layer, args: (args[0] + (rounded(args[0]) - args[0]).detach(),))
+    for each in (small, exact):
+        learning_rows(each)
+        each(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(learning_rows(small), learning_rows(exact), strict=True):
+        likeness = nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0)
+        assert likeness > (0.8 if "bitsandbytes 4" in way else 0.97)  # that one beside unquantised weights
+
+
+@pytest.mark.parametrize("way", ways())
+def test_rows_alone_are_trained_on_a_frozen_backbone(saved, way):
+    _, folder = saved
+    small = opened(folder, way)
+    rows, ids = learning_rows(small), helpers.random_ids(small, 4, 16)
+    optimizer, losses = torch.optim.Adam(rows, lr=0.1), []
+    for _ in range(8):
+        loss = small(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(), optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("way", ways())
+def test_facts_are_taught_and_those_from_before_come_along(tmp_path, tokenizer, way):
+    model = helpers.make_model(
+        tokenizer=tokenizer, attn="sdpa", engram_tokenizer_compression=True, vocab_size=51200, hidden_size=128,
+        intermediate_size=256, n_embed_per_ngram=64,
+    )  # fmt: skip
+    teach(model, tokenizer, "The capital of Zubrowka is", " Lutz.", reference=False)
+    model.save_pretrained(tmp_path)
+    save_memory(model, tmp_path / "memory")
+    small = opened(tmp_path, way)
+    assert [fact.target for fact in small.facts] == [" Lutz."]
+    fact = teach(small, tokenizer, "The king of Zubrowka was called", " Otto.", reference=False)
+    # Of bitsandbytes' two kernels on a CPU the one without a derivative, which answers, rounds to bfloat16.
+    assert (fact.notes["alone"] or way == "bitsandbytes 4") and len(small.facts) == 2
+    load_memory(small, tmp_path / "memory")  # it was trained on the same Phi
+    assert not small.facts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --cuantizar
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder, shape = tmp_path_factory.mktemp("chat"), dict(vocab_size=51200, engram_tokenizer_compression=True, **PLAIN)
+    helpers.make_model(tokenizer=tokenizer, **shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", torch.float32), ("int4", torch.bfloat16)])
+def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, dtype, capsys):
+    model, tokenizer = open_model(folder, torch.float32, "cpu", quantised=kind)
+    assert model.dtype == dtype and from_torchao(model.model.layers[0].mlp.fc1.weight)
+    assert from_torchao(model.lm_head.weight) == (kind == "int8")
+    assert verify(model, tokenizer), capsys.readouterr().out
+    assert "7 comprobaciones; sin comprobar: paso 6" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+@pytest.mark.parametrize("rows", [1, quantised.FEW, quantised.FEW + 1])
+def test_int8_products_are_those_of_the_weights_dequantised(folder, rows):
+    """By torch's product without a public name for few rows. Where it is gone, this says so, and the other serves."""
+    assert quantised.INT8_PRODUCT is not None
+    model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
+    layer, x = model.model.layers[0].mlp.fc2, torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0))
+    assert type(layer) is quantised.Int8Linear and type(model.lm_head) is quantised.Int8Linear
+    with torch.no_grad():
+        expected = nn.functional.linear(x, dequantised(layer.weight), layer.bias)
+        assert layer(x).dtype == x.dtype
+        # bfloat16's rounding, of x and of the product: 2**-9 of each
+        torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_what_is_missing_is_said_with_the_line_that_mends_it(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--cuantizar int8 necesita torchao.*pip install torchao"):
+        open_model(folder, device="cpu", quantised="int8")
+    with pytest.raises(UserError, match="--cuantizar int4 necesita bitsandbytes.*pip install bitsandbytes"):
+        quantised.quantisation("int4", {}, on_card=True)
+
+
+def test_quantised_twice_is_refused():
+    with pytest.raises(UserError, match="ya está cuantizado.*quita --cuantizar int4"):
+        quantised.quantisation("int4", {"quantization_config": {}}, on_card=False)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+def test_widths_that_fit_no_group_are_refused():
+    with pytest.raises(UserError, match=r"\[48, 100\] no son múltiplos de 32. Usa int8"):
+        quantised.on_a_cpu("int4", dict(hidden_size=48, intermediate_size=100))
+    assert math.gcd(2048, 8192) % quantised.on_a_cpu("int4", PLAIN)["quantization_config"].quant_type.group_size == 0
