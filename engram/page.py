@@ -26,11 +26,14 @@ from engram.visits import Visit, answered, ask, begun_again, compared, forgotten
 
 FIRST_PORT = 7860  # gradio's own; where it is taken, the next that is free
 CSS = """
-#charla .message, #con textarea, #sin textarea {font-family: var(--font-mono); white-space: pre-wrap}
+#charla .message, #con textarea, #sin textarea {font-family: var(--font-mono); font-size: .9em}
+#charla .message-markdown-disabled {white-space: pre-wrap}
+#charla details {white-space: normal}
 .puertas {white-space: pre-wrap; font-family: var(--font-mono); margin: 0 0 .5em; overflow-wrap: anywhere}
 .puertas span {background: rgb(46 160 67 / calc(var(--g) * .8)); border-radius: 2px}
 .puertas .r {outline: 2px solid #e8710a} .puertas .r::after {content: "R"; color: #e8710a; font-size: .7em}
-.leyenda {font-size: .85em; opacity: .85; white-space: normal} .leido td, .leido th {padding: 0 .6em; text-align: left}
+.leyenda {font-size: .85em; opacity: .85; margin: .3em 0}
+.leido {font-size: .85em; width: auto !important} .leido td, .leido th {padding: 0 .6em !important; text-align: left}
 """
 # gradio's own words are in Spanish where the browser asks for it.
 IN_SPANISH = """<script>
@@ -66,7 +69,8 @@ def about(chat: Chat, name: str) -> str:
             "Es un modelo base que completa código, no un asistente: hazle preguntas directas o, mejor, elige «Código» "
             "y dale el principio de una función."
         )
-    return f"# Phi con memoria Engram\n`{Path(name).name if Path(name).is_dir() else name}` · {about_memory(chat.model)}\n\n{kind}"
+    name = Path(name).name if Path(name).is_dir() else name  # nobody else needs to know where it is
+    return f"# Phi con memoria Engram\n`{name}` · {about_memory(chat.model)}\n\n{kind}"
 
 
 def build(first: Chat, name: str, teach=True, own_facts=True):
@@ -124,8 +128,8 @@ def build(first: Chat, name: str, teach=True, own_facts=True):
                 length = gr.Slider(
                     1, first.context // 2, value=first.max_tokens, step=1, label="Largo de la respuesta (tokens)"
                 )
-                seed = gr.Number(
-                    first.seed, label="Semilla", precision=0,
+                seed = gr.Textbox(  # gradio's Number cannot be empty
+                    "" if first.seed is None else str(first.seed), label="Semilla", elem_id="semilla",
                     info="Vacía: cada vez otra respuesta. Un número la repite.",
                 )  # fmt: skip
         settings = [mode, memory, temperature, length, seed]
@@ -137,14 +141,16 @@ def build(first: Chat, name: str, teach=True, own_facts=True):
             event(begun_again, visit, chatbot, queue=False, **quiet)
 
         with gr.Accordion("⚖️ Comparar: con la memoria y sin ella", open=False):
-            question = gr.Textbox(label="Pregunta", lines=2, placeholder="Vacía: la última que hiciste.")
+            question = gr.Textbox(
+                label="Pregunta", lines=2, placeholder="Vacía: la última que hiciste.", elem_id="pregunta"
+            )
             compare = gr.Button("Comparar")
             with gr.Row():
                 sides = [
                     gr.Textbox(label=f"{title} la memoria", lines=6, max_lines=30, interactive=False, elem_id=id_)
                     for title, id_ in (("Con", "con"), ("Sin", "sin"))
                 ]
-            verdict = gr.Markdown(elem_id="veredicto")
+            verdict = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="veredicto")
             compare.click(compared, [visit, question, *settings], [*sides, verdict], api_visibility="private", **one)
 
         if teach:
@@ -167,14 +173,18 @@ def facts_panel(gr, visit, settings, words, page):
         )
         with gr.Row():
             prompt = gr.Textbox(
-                label="Principio", placeholder="La capital de Zubrowka es", info="Vacío: la última pregunta."
-            )
-            answer = gr.Textbox(label="Respuesta", placeholder="Lutz", info="Lo que tiene que venir después.")
+                label="Principio", placeholder="La capital de Zubrowka es", info="Vacío: la última pregunta.", lines=2,
+                elem_id="principio",
+            )  # fmt: skip
+            answer = gr.Textbox(
+                label="Respuesta", placeholder="Lutz", info="Lo que tiene que venir después.", lines=2,
+                elem_id="respuesta",
+            )  # fmt: skip
         learn = gr.Button("Enseñar")
         told_ = gr.CheckboxGroup([], label="Lo que ha aprendido", elem_id="recuerdos")
         with gr.Row():
             forget, everything = gr.Button("Olvidar lo marcado"), gr.Button("Olvidar todo")
-        note = gr.Markdown(elem_id="aprendido")
+        note = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="aprendido")
 
     def listed(result):
         said, text = result

@@ -7,6 +7,7 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import queue
+import re
 import threading
 import time
 import traceback
@@ -63,28 +64,35 @@ class Visit:
                     self.facts = self.model.facts
                     self.model.set_facts(before)
 
-    def settle(self, mode, memory, temperature, length, seed):
-        """Take the page's settings over."""
-        chat = self.chat
+    def settle(self, mode: str, memory: bool, temperature: float, length: float, seed: str):
+        """Take the page's settings over. Raises UserError."""
+        chat, seed = self.chat, seed.strip()
+        if not re.fullmatch(r"(\d{1,18})?", seed, re.ASCII):
+            raise UserError(f"Semilla «{seed}»: tiene que ser un número entero, o nada.")
         chat.code, chat.memory, chat.temperature = mode == "Código", bool(memory), temperature
-        chat.max_tokens, chat.seed = min(int(length), chat.context // 2), seed
+        chat.max_tokens, chat.seed = min(int(length), chat.context // 2), int(seed) if seed else None
 
     def view(self, partial: str = "") -> list[dict]:
         """What is to be seen now: what was said, what of an answer there is, and the questions that wait."""
         said = [message("assistant", partial)] if partial else []
-        return [*self.shown, *said, *(message("user", text) for text in self.waiting)]
+        said += [message("user", text) for text in self.waiting]
+        if self.waiting and not partial and self.lock.locked():
+            said.append(message("assistant", "⏳ El modelo está ocupado con otra respuesta. Espera tu turno…"))
+        return [*self.shown, *said]
 
     def halt(self):
         """Cut the answer that is being given, and leave unanswered what waits."""
         self.waiting.clear()
         self.chat.stop.set()
 
-    def attempt(self, say, action, *arguments):
-        """`action(chat, ...)` on the model, or a sentence that says why not; the page lives on."""
+    def attempt(self, say, action, settings=()):
+        """`action(chat)` on the model, or a sentence that says why not; the page lives on."""
 
         def work():
             with self.working() as chat:
-                action(chat, *arguments)
+                if settings:
+                    self.settle(*settings)
+                action(chat)
 
         try:
             guarded(say, work)
@@ -94,7 +102,7 @@ class Visit:
             traceback.print_exc()
             say(f"❌ Ha fallado por dentro ({type(error).__name__}): la terminal dice dónde. La página sigue.")
 
-    def answer(self, text: str, write):
+    def answer(self, text: str, settings, write):
         """Answer, and add to what is shown the answer, how it used the memory, and what is to be said of it."""
         pieces, views, notes = [], [], []
 
@@ -112,15 +120,15 @@ class Visit:
             notes.extend(chat.remarks(said))
 
         with self.busy:
-            self.attempt(notes.append, act)
+            self.attempt(notes.append, act, settings)
             self.shown += [message("assistant", text) for text in ["".join(pieces)] if text]
             self.shown += [dict(role="assistant", content=view) for view in views]
             self.shown += [message("assistant", note) for note in notes]
 
 
 def message(role: str, text: str) -> dict:
-    """A message as gradio's chatbot shows it letter by letter; of a bare string it takes the indentation off."""
-    return dict(role=role, content=dict(type="text", text=text))
+    """A message for gradio's chatbot, which takes any text for HTML, and the indentation off a bare string."""
+    return dict(role=role, content=dict(type="text", text=escape(text, quote=False)))
 
 
 def gates_drawn(chat: Chat):
@@ -163,9 +171,8 @@ def answered(visit: Visit, *settings):
         yield visit.view()
         return
     visit.shown.append(message("user", text))
-    visit.settle(*settings)
     pieces, said = queue.SimpleQueue(), ""
-    worker = threading.Thread(target=lambda: (visit.answer(text, pieces.put), pieces.put(None)), daemon=True)
+    worker = threading.Thread(target=lambda: (visit.answer(text, settings, pieces.put), pieces.put(None)), daemon=True)
     worker.start()
     try:
         for piece in iter(pieces.get, None):
@@ -190,7 +197,6 @@ def begun_again(visit: Visit):
 def compared(visit: Visit, text: str, *settings):
     """Both answers, and what is to be said of them."""
     visit.chat.stop.clear()
-    visit.settle(*settings)
     said, notes = ["", ""], []
 
     def act(chat):
@@ -198,14 +204,13 @@ def compared(visit: Visit, text: str, *settings):
         if said[0] == said[1]:
             notes.append("Las dos respuestas son iguales.")
 
-    visit.attempt(notes.append, act)
+    visit.attempt(notes.append, act, settings)
     return *said, "\n".join(notes)
 
 
 def taught(visit: Visit, prompt: str, answer: str, step, *settings):
     """What is known afterwards, and a sentence about what was taught."""
     notes = []
-    visit.settle(*settings)
 
     def act(chat):
         if not answer.strip():
@@ -216,7 +221,7 @@ def taught(visit: Visit, prompt: str, answer: str, step, *settings):
         facts = chat.learn_pair(prompt, answer, step) if prompt.strip() else chat.learn_answer(answer, step)
         notes.append(f"✅ Aprendido en {spanish(time.perf_counter() - started, 1)} s ({described(facts[-1])}).")
 
-    visit.attempt(notes.append, act)
+    visit.attempt(notes.append, act, settings)
     return visit.said, "\n".join(notes)
 
 
