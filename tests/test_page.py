@@ -3,11 +3,8 @@
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import types
@@ -413,24 +410,24 @@ def test_a_port_that_is_taken(blocks, model, tokenizer):
         page.launch(other, blocks.server_port)
 
 
-def test_the_command(model, tokenizer, tmp_path):
+def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
     """It says where the page is, and Ctrl-C closes it."""
+    httpx = pytest.importorskip("httpx")
     pytest.importorskip("gradio", reason="pip install gradio")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--modelo", tmp_path, "--pagina"], env=environment, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        lines = iter(process.stdout.readline, "")
-        assert re.search(r"http://127\.0\.0\.1:\d+ ", next(line for line in lines if line.startswith("Página: ")))
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0 and out == "Página cerrada.\n" and "Traceback" not in err, err
+    seen = []
+
+    def sleep(seconds):
+        seen.append(re.search(r"^Página: (http://127\.0\.0\.1:\d+) ", capsys.readouterr().out, re.M)[1])
+        assert "Phi con memoria Engram" in httpx.get(seen[0], timeout=60).text
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "time", types.SimpleNamespace(sleep=sleep))
+    assert chat_script.main(["--modelo", str(tmp_path), "--pagina"]) == 0
+    assert capsys.readouterr().out == "Página cerrada.\n"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(seen[0], timeout=60)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,10 +452,11 @@ class Tab:
 
     def __init__(self, chromium, url):
         self.context = chromium.new_context(locale="en-US")
+        self.context.set_default_timeout(120_000)
         self.page, self.asked, self.errors = self.context.new_page(), set(), []
         self.page.on("request", lambda request: self.asked.add(request.url.split("/")[2]))
         self.page.on("pageerror", self.errors.append)
-        with self.page.expect_response(lambda answer: "run/predict" in answer.url, timeout=60_000):
+        with self.page.expect_response(lambda answer: "run/predict" in answer.url):
             self.page.goto(url)  # ready once it has asked for what it knows
         self.host = url.split("/")[2]
 
@@ -484,7 +482,7 @@ class Tab:
         return self.page.locator("#charla [data-testid=bot], #charla [data-testid=user]").evaluate_all(script)
 
     def waits(self, script, argument=None):
-        self.page.wait_for_function(script, arg=argument, timeout=60_000)
+        self.page.wait_for_function(script, arg=argument)
 
     def waits_for_gates(self, n=1):
         self.waits("n => document.querySelectorAll('#charla .leido').length == n", n)
