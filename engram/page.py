@@ -7,7 +7,7 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import base64
-import importlib.util
+import importlib.metadata
 import io
 import os
 import re
@@ -104,7 +104,7 @@ def build(first: Chat, name: str, teach=True, own_facts=True):
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 chatbot = gr.Chatbot(
-                    label="Conversación", elem_id="charla", height=520, render_markdown=False, buttons=["copy"],
+                    label="Conversación", elem_id="charla", height=520, render_markdown=False, buttons=[],
                     latex_delimiters=[], allow_tags=False, placeholder="Escribe abajo y pulsa «Enviar».",
                 )  # fmt: skip
                 box = gr.Textbox(
@@ -122,7 +122,7 @@ def build(first: Chat, name: str, teach=True, own_facts=True):
                 )  # fmt: skip
                 memory = gr.Checkbox(first.memory, label="Memoria encendida", info="Apagada responde Phi sin Engram.")
                 temperature = gr.Slider(
-                    0, 2, value=min(first.temperature, 2), step=0.1, label="Temperatura",
+                    0, max(2, first.temperature), value=first.temperature, step=0.1, label="Temperatura",
                     info="0 elige siempre lo más probable; cuanto mayor, más variado.",
                 )  # fmt: skip
                 length = gr.Slider(
@@ -213,10 +213,14 @@ def check_place(share: bool):
     """Before a model is opened: whether a page can be shown from here.
 
     Raises:
-        UserError: gradio is missing, or nobody could see the page.
+        UserError: gradio is missing or too old, or nobody could see the page.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("Para la página hace falta gradio: pip install gradio")
+    try:
+        version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("Para la página hace falta gradio: pip install gradio") from None
+    if int(version.split(".")[0]) < 6:
+        raise UserError(f"La página necesita gradio 6 o posterior, y aquí está el {version}: pip install -U gradio")
     if not share and "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         raise UserError(
             "Kaggle no deja ver los puertos de su máquina: la página necesita --compartir, que hace un enlace público "
@@ -271,7 +275,9 @@ def serve(first: Chat, name: str, port: int | None, share: bool, teach: bool, no
         first: a Chat whose model and settings the tabs begin with. teach: whether visitors may teach.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
-    page = build(first, name, teach, own_facts=share or first.teaching.folder is None)
+    if share:
+        first.teaching.folder = None  # what strangers teach is not kept
+    page = build(first, name, teach, own_facts=first.teaching.folder is None)
     try:
         login = launch(page, port, share)
         note(f"Página: http://127.0.0.1:{page.server_port}   (Ctrl-C la cierra)")

@@ -1,6 +1,6 @@
 """The page in the browser: visits by themselves, over HTTP, and in a real Chromium."""
 
-import importlib.util
+import importlib.metadata
 import io
 import json
 import re
@@ -243,10 +243,14 @@ def test_shades_are_the_gates_and_inert(model, tokenizer, two):
 
 
 def test_places_where_it_cannot_be_shown(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gradio"):
-        page.check_place(False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for version, words in ((absent, "pip install gradio"), (lambda name: "5.50.0", "5.50.0: pip install -U gradio")):
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        with pytest.raises(UserError, match=words):
+            page.check_place(False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "6.31.0")
     page.check_place(False)
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     with pytest.raises(UserError, match=re.escape('main(["--pagina"])')):
@@ -455,7 +459,7 @@ class Tab:
         self.context.set_default_timeout(120_000)
         self.page, self.asked, self.errors = self.context.new_page(), set(), []
         self.page.on("request", lambda request: self.asked.add(request.url.split("/")[2]))
-        self.page.on("pageerror", self.errors.append)
+        self.page.on("pageerror", lambda error: self.errors.append(error))
         with self.page.expect_response(lambda answer: "run/predict" in answer.url):
             self.page.goto(url)  # ready once it has asked for what it knows
         self.host = url.split("/")[2]
