@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 import types
 from html import unescape
 from html.parser import HTMLParser
@@ -512,10 +513,20 @@ def tab(chromium, url):
         one.close()
 
 
+@pytest.fixture
+def slowly(model):
+    """An answer takes long enough for a browser to come between, on any machine."""
+    hook = model.model.register_forward_pre_hook(lambda *args: time.sleep(0.02))
+    yield
+    hook.remove()
+
+
 LONG = "() => document.querySelector('#charla [data-testid=bot]')?.textContent.trim().length > 60"
 
 
-def test_in_a_browser_an_answer_streams_and_is_the_terminals(model, tokenizer, tab, monkeypatch, capsys):
+def test_in_a_browser_an_answer_streams_and_is_the_terminals(
+    model, tokenizer, tab, monkeypatch, capsys, slowly
+):
     settings = dict(code=False, max_tokens=200, temperature=0.8, seed=7)
     lines = "memoria no\nhola\n"
     whole = in_the_terminal(model, tokenizer, monkeypatch, capsys, lines, **settings).strip()
@@ -530,7 +541,7 @@ def test_in_a_browser_an_answer_streams_and_is_the_terminals(model, tokenizer, t
     assert one.said() == ["hola", whole] and one.page.locator(".leido").count() == 0
 
 
-def test_in_a_browser_stop_stops_and_the_others_wait(model, tab):
+def test_in_a_browser_stop_stops_and_the_others_wait(tab, slowly):
     one, other = tab(), tab()
     for each in (one, other):
         each.choose(temperature=1, length=512)
