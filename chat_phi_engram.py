@@ -3,6 +3,7 @@
     python chat_phi_engram.py                                        # the model that the other scripts left here
     python chat_phi_engram.py --modelo usuario/nombre --codigo       # from the Hub, completing code
     python chat_phi_engram.py --pregunta "What is a list?"           # one answer on the standard output
+    python chat_phi_engram.py --pagina                               # a page in the browser
     python chat_phi_engram.py < preguntas.txt                        # one answer for each line
     python chat_phi_engram.py --codigo < principios.txt              # one for each block; a line "---" between two
 """
@@ -23,22 +24,22 @@ try:
     from engram.console import (
         SpanishParser,
         UserError,
-        counted,
         decimal,
+        guarded,
         in_command_of_notebook,
-        out_of_memory,
+        in_notebook,
         run_script,
         short,
         spanish,
         unaccented,
     )
-    from engram.conversation import TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
+    from engram.conversation import LOOPED, TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
     from engram.facts import described
     from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
-    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, LOOPED, advice, meant, order
+    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, order
+    from engram.page import check_place, serve
     from engram.teaching import ARROW
-    from phi1_engram import EngramFileError
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -48,24 +49,11 @@ except ImportError as error:
 FOLDERS = ("phi1-engram-trained", "phi1-engram", "phi1-engram-demo")  # the first that is there
 YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
 TITLES = {"CON MEMORIA": True, "SIN MEMORIA": False}
-OUT_OF_MEMORY = (
-    "Se agotó la RAM, o la memoria de la GPU, y esta respuesta se ha perdido. Qué hacer:\n"
-    "  1. Escribe «limpiar»: una conversación corta ocupa menos. O pide respuestas más cortas: --max-tokens 64\n"
-    "  2. Si se repite, reinicia la sesión (en Colab: Entorno de ejecución -> Reiniciar sesión) y vuelve a abrir el "
-    "chat.\n"
-    "  3. No ejecutes otros modelos pesados en la misma sesión."
-)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the terminal
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def in_notebook() -> bool:
-    """Whether this is a notebook's own process, whose `input` asks in the cell."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is not None and "IPKernelApp" in shell.config
 
 
 def unanswered() -> bool:
@@ -166,35 +154,14 @@ def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
         raise UserError(f"«olvida {argument}»: se admite «olvida todo» o el número de un recuerdo, {there}. {ESCAPE}")
 
 
-def guarded(say, action, *arguments) -> bool:
-    """Call `action`, or say what keeps it from being done. Returns whether it was done."""
-    failure = None
-    try:
-        action(*arguments)
-    except (UserError, EngramFileError) as error:
-        failure = f"❌ {error}"
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        failure = f"⚠️  {OUT_OF_MEMORY}"
-    if failure:  # said here, as inside `except` the traceback would still hold the tensors
-        torch.cuda.empty_cache()
-        say(failure)
-    return not failure
-
-
 def respond(chat: Chat, text: str, say):
     """Print one answer."""
     try:
         said = chat.answer(text, write)
     finally:
         print(flush=True)
-    if chat.forgotten and not chat.code:
-        say(f"(Para que quepa, he olvidado lo más antiguo: {counted(chat.forgotten, 'mensaje')}.)")
-    if chat.looped:
-        say(LOOPED)
-    if not said.strip():
-        say("(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)")
+    for remark in chat.remarks(said):
+        say(remark)
 
 
 def more_waits() -> bool:
@@ -332,6 +299,18 @@ def main(argv=None) -> int:
         "--recuerdos", metavar="CARPETA",
         help="carpeta de lo que se le enseña con «aprende»: se abre al empezar y se guarda cada vez",
     )  # fmt: skip
+    parser.add_argument(
+        "--pagina", "--página", type=int, nargs="?", const=0, metavar="PUERTO",
+        help="una página en el navegador, para esta máquina sola (sin PUERTO, el primero libre desde 7860); necesita "
+        "pip install gradio",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compartir", action="store_true",
+        help="con --pagina: además un enlace público, con usuario y contraseña, a través de los servidores de gradio",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dejar-aprender", action="store_true", help="con --compartir: los visitantes también pueden enseñarle"
+    )
     add_memory_options(parser)
     add_quantising_option(parser)
     options = parser.parse_args(argv)
@@ -341,8 +320,17 @@ def main(argv=None) -> int:
         parser.error(f"--temperatura {short(options.temperatura)}: tiene que estar entre 0 y 100.")
     if options.pregunta is not None and not options.pregunta.strip():
         parser.error("--pregunta está vacía.")
+    if options.pagina is not None and not 0 <= options.pagina <= 65535:
+        parser.error(f"--pagina {options.pagina}: el puerto tiene que estar entre 1 y 65535.")
+    if options.pagina is not None and options.pregunta is not None:
+        parser.error("--pagina y --pregunta no pueden ir juntos.")
+    if (options.compartir and options.pagina is None) or (options.dejar_aprender and not options.compartir):
+        parser.error("--compartir acompaña a --pagina, y --dejar-aprender a --compartir.")
+
+    aloud = options.pagina is not None or (options.pregunta is None and in_conversation())
+
     def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone
-        print(text, file=sys.stdout if options.pregunta is None and in_conversation() else sys.stderr, flush=True)
+        print(text, file=sys.stdout if aloud else sys.stderr, flush=True)
 
     if "\\n" in (options.pregunta or "") and "\n" not in options.pregunta:
         note(
@@ -353,7 +341,9 @@ def main(argv=None) -> int:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
 
-    if options.pregunta is None and unanswered():
+    if options.pagina is not None:
+        check_place(options.compartir)
+    elif options.pregunta is None and unanswered():
         raise UserError(
             "En un cuaderno, «!python» no recibe lo que escribes y se quedaría esperando para siempre. Haz una "
             'pregunta con la orden: !python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
@@ -366,6 +356,10 @@ def main(argv=None) -> int:
     longest = model.config.max_position_embeddings // 2
     if options.max_tokens > longest:
         note(f"(--max-tokens se queda en {longest}, la mitad de lo que el modelo puede leer.)")
+    if options.pagina is not None:
+        teach = options.dejar_aprender or not options.compartir
+        serve(Chat(model, tokenizer, *settings), name, options.pagina or None, options.compartir, teach, note)
+        return 0
     if options.pregunta is not None:
         with interruptible():
             return 0 if guarded(note, respond, Chat(model, tokenizer, *settings), options.pregunta, note) else 1

@@ -25,6 +25,13 @@ ASCII_SIGNS = str.maketrans(
     | {"█": "#", "➖": "="}
     | dict.fromkeys("¿¡ℹ\ufe0f")
 )
+OUT_OF_MEMORY = (
+    "Se agotó la RAM, o la memoria de la GPU, y esta respuesta se ha perdido. Qué hacer:\n"
+    "  1. Empieza otra conversación («limpiar»): una corta ocupa menos. O pide respuestas más cortas: --max-tokens 64\n"
+    "  2. Si se repite, reinicia la sesión (en Colab: Entorno de ejecución -> Reiniciar sesión) y vuelve a abrir el "
+    "chat.\n"
+    "  3. No ejecutes otros modelos pesados en la misma sesión."
+)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -148,6 +155,29 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
     )
+
+
+def guarded(say, action, *arguments) -> bool:
+    """Call `action`, or say what keeps it from being done. Returns whether it was done."""
+    failure = None
+    try:
+        action(*arguments)
+    except (UserError, EngramFileError) as error:
+        failure = f"❌ {error}"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        failure = f"⚠️  {OUT_OF_MEMORY}"
+    if failure:  # said here, as inside `except` the traceback would still hold the tensors
+        torch.cuda.empty_cache()
+        say(failure)
+    return not failure
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook's own process, whose `input` asks in the cell."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def in_command_of_notebook() -> bool:

@@ -3,6 +3,7 @@
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+import copy
 import re
 import signal
 import threading
@@ -26,6 +27,10 @@ TOY_TEMPERATURE = 0.6  # a small model goes round in circles at less
 COPIES, CYCLE = 4, 4  # an answer ends at so many copies of the same lines, one after the other, of so many at most
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
 OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
+LOOPED = (
+    "(Repetía las mismas líneas y la he cortado. Prueba otro principio, «temperatura 0,8», o «siguiente TEXTO», que no "
+    "puede dar vueltas.)"
+)
 _asked = []  # a signal for each Ctrl-C since the last `interruptible` began
 
 
@@ -70,16 +75,17 @@ class Answer(StoppingCriteria):
         prompt: int64 [1, T], the tokens before the answer.
         code: raw completion; white space is kept and no turn is looked for.
         write: takes each piece of text.
+        stop: an Event that cuts it, as Ctrl-C does.
     """
 
-    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write):
+    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write, stop: threading.Event):
         self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt.shape[1], code, write
-        self.ids, self.text = prompt, ""  # ids: int64 [1, T], with the prompt; text: what has been shown
-        self.cut = self.looped = False  # by Ctrl-C; because it repeated itself
+        self.ids, self.text, self.stop = prompt, "", stop  # int64 [1, T], with the prompt; what has been shown
+        self.cut = self.looped = False  # by the user; because it repeated itself
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         self.ids = input_ids
-        self.cut = bool(_asked)
+        self.cut = bool(_asked) or self.stop.is_set()
         self.looped = repeats(self._decode())
         stop = self._show(final=False) or self.cut or self.looped
         return torch.full((len(input_ids),), stop, device=input_ids.device)
@@ -162,6 +168,14 @@ class Chat:
         self.looped = False  # whether the last answer was cut because it repeated itself
         self.question = self.given = None  # the last Question, and its Answer if it had the memory
         self.teaching = Teaching(model, tokenizer, kept_in)
+        self.stop = threading.Event()  # another thread may set it to cut an answer; nothing here clears it
+
+    def another(self) -> "Chat":
+        """A new conversation, as this one was set, with the same model and what it was taught."""
+        other = copy.copy(self)
+        other.stop = threading.Event()
+        other.forget()
+        return other
 
     def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
         """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
@@ -205,6 +219,15 @@ class Chat:
         if answer.cut:
             raise KeyboardInterrupt
         return answer.text
+
+    def remarks(self, said: str):
+        """What is to be told of the answer that `answer` has just given."""
+        if self.forgotten and not self.code:
+            yield f"(Para que quepa, he olvidado lo más antiguo: {counted(self.forgotten, 'mensaje')}.)"
+        if self.looped:
+            yield LOOPED
+        if not said.strip():
+            yield "(El modelo no ha dicho nada. Prueba con otras palabras o con «código».)"
 
     def to_compare(self, text: str = "") -> Question:
         """`text` as a question, or the last one. Raises UserError where there is none."""
@@ -266,13 +289,22 @@ class Chat:
             facts = facts_read(self.model, self.given.ids)[0].tolist()
         return self.given.pieces(), {layer: alpha[0].tolist() for layer, alpha in gates.items()}, facts
 
+    def ngram(self, position: int) -> str:
+        """The longest n-gram that a position of the last answer's ids reads in the memory, as text."""
+        ids = self.given.ids[0, max(0, position + 1 - self.model.config.max_ngram_size) : position + 1]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     def learn(self, text: str, progress) -> list[Fact]:
-        """Teach "PROMPT => ANSWER": in code mode both literally; else also as the answer to PROMPT as a question.
+        """Teach "PROMPT => ANSWER" as `learn_pair` does."""
+        prompt, _, answer = text.partition(ARROW)
+        return self.learn_pair(prompt, answer, progress)
+
+    def learn_pair(self, prompt: str, answer: str, progress) -> list[Fact]:
+        """Teach both literally in code mode; else also `answer` as the answer to `prompt` as a question.
 
         Raises:
             FactError: it was not taken, and nothing has changed.
         """
-        prompt, _, answer = text.partition(ARROW)
         if self.code:
             lessons = [self.teaching.lesson(literal(prompt), line_of_code(answer))]
         else:
@@ -284,7 +316,7 @@ class Chat:
         """Teach what the last question should have been answered; raises as `learn`."""
         question = self.question
         if question.code:
-            return self.learn(f"{question.text}{ARROW}{answer}", progress)
+            return self.learn_pair(question.text, answer, progress)
         one = self.as_answer(question.text, answer)
         return self.teaching.learn([one], f"{question.text}{ARROW}{answer.strip()}", progress)
 
@@ -307,7 +339,7 @@ class Chat:
         else:
             ids, turns = self.fit([*question.turns, {"role": "user", "content": question.text}])
         ids = ids.to(self.model.device)
-        answer = Answer(self.tokenizer, ids, question.code, write)
+        answer = Answer(self.tokenizer, ids, question.code, write, self.stop)
         self.question, self.given = question, answer if memory else None
         torch.manual_seed(question.seed % 2**63)
         try:

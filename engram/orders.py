@@ -45,11 +45,6 @@ Sin terminal (por tubería o desde un archivo) un bloque de código termina en u
 vacías son parte de él."""
 CODE_MODE = "Modo código: escribe o pega el principio y termina con una línea vacía. «charla» vuelve a la conversación."
 
-LOOPED = (
-    "(Repetía las mismas líneas y la he cortado. Prueba otro principio, «temperatura 0,8», o «siguiente TEXTO», que no "
-    "puede dar vueltas.)"
-)
-
 
 def advice(model) -> str:
     """What is to be expected of a model, and what to try."""
