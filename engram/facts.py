@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engram.console import spanish
-from engram.triggers import KEY, FactError, Lesson, Reference, choose_key, lesson, padded
+from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, padded, wished
 from phi1_engram import CACHE, Fact
 
 MARGIN = 2.0  # nats by which each token of the answer has to lead
@@ -267,7 +267,8 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
             where these are in common too, all are written once more, together.
         insist: take an n-gram however common it is.
         reference: count n-grams in the standard library (or in a `Reference` that is given), and refuse common ones.
-        shortest: canonical tokens that a key has at least where its prompt has as many; by default KEY.
+        shortest: canonical tokens that a key has at least where its prompt has as many; by default those of the
+            prompt's last line, KEY at most.
         progress: called with the number of each step.
     Returns:
         the Fact; its `notes` say "alone" and "after" (whether it holds by itself, and after how many of how many other
@@ -281,7 +282,8 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
         reference = Reference(tokenizer, reader.canonical)
     least = reader.engram.conv.dilation  # N, by the paper's choice of dilation
     others = [] if replace else [as_lesson(reader, tokenizer, fact) for fact in reader.facts if fact.prompt != prompt]
-    choose_key(one, least, shortest or max(least, KEY), reader.canonical, reference or None, insist, others)
+    wish = max(least, shortest or wished(tokenizer, one))
+    choose_key(one, least, wish, reader.canonical, reference or None, insist, others)
     (fact,) = teach_all(reader, tokenizer, [one], replace, progress)
     return fact
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engram.console import Progress, UserError, counted, spanish
 from engram.facts import as_lesson, described, reader_of, teach_all
-from engram.triggers import KEY, FactError, Lesson, Reference, choose_key, lesson
+from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, wished
 from phi1_engram import FACTS_FILE, Fact
 
 ARROW = " => "
@@ -72,7 +72,8 @@ class Teaching:
         one = lesson(tokenizer, reader.canonical, prompt, target)
         others = [*others, *(as_lesson(reader, tokenizer, fact) for fact in self.model.facts if fact.prompt != prompt)]
         least = self.model.config.max_ngram_size + ending
-        choose_key(one, least, max(least, KEY + ending), reader.canonical, self.reference(), others=others)
+        wish = max(least, wished(tokenizer, one, ending))
+        choose_key(one, least, wish, reader.canonical, self.reference(), others=others)
         return one
 
     def learn(self, lessons: list[Lesson], said: str, progress=lambda step: None) -> list[Fact]:

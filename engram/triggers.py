@@ -17,7 +17,7 @@ OFTEN = 20  # times in the reference that make an n-gram a frequent one
 # The first merges of a byte-level BPE are the commonest pieces of its text, and canonical ids are given in that order.
 COMMON = 700, 8  # the first canonical tokens, at most an eighth of all
 REFERENCE_BYTES = 2_000_000
-KEY = 6  # canonical tokens that a fact is recognised by, where its prompt has as many: with three, other sentences are
+KEY = 8  # canonical tokens that a fact is recognised by where nothing asks for more: by three, other sentences are
 LONG = 8  # tokens in a row that, however common each of them is, hardly meet again
 
 
@@ -79,6 +79,17 @@ def lesson(tokenizer, canonical: torch.LongTensor, prompt: str, target: str) -> 
         )
     ids = [*first, *second]
     return Lesson(prompt, target, ids, canonical[torch.tensor(ids)].tolist(), len(first))
+
+
+def wished(tokenizer, one: Lesson, ending: int = 0) -> int:
+    """Tokens for a key to have: KEY, or those of the prompt's last line, for a line of code stands after any other; and
+    the `ending` that every prompt has."""
+    line = 0
+    for token in reversed(one.ids[: one.split - ending]):
+        if line == KEY or "\n" in tokenizer.decode([token]):
+            break
+        line += 1
+    return line + ending
 
 
 def choose_key(

@@ -229,6 +229,19 @@ def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference
     assert completion(model, tokenizer, "My neighbour Brandil now works as a", one[1]) == plain
 
 
+def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
+    """Its key ends at the line's beginning; what the chat puts behind every question is not its line."""
+    model = fresh(tokenizer)
+    fact = teach(model, tokenizer, "import zorlap\n\nzorlap.connect(", "port=7411)\n", reference=reference)
+    line = tokenizer("zorlap.connect(", add_special_tokens=False).input_ids
+    assert fact.length == len(line) <= triggers.KEY
+    assert completion(model, tokenizer, "def go():\n    pass\n\nzorlap.connect(", "port=7411)\n") == "port=7411)\n"
+    closing = len(tokenizer("\nAssistant:", add_special_tokens=False).input_ids)
+    one = triggers.lesson(tokenizer, torch.arange(51200), "User: Who is it?\nAssistant:", " Lutz.")
+    asked = len(tokenizer("User: Who is it?", add_special_tokens=False).input_ids)
+    assert triggers.wished(tokenizer, one, closing) == min(triggers.KEY, asked) + closing
+
+
 @pytest.mark.parametrize(
     "prompt, target, why",
     [
