@@ -5,6 +5,7 @@
     python chat_phi_engram.py --pregunta "What is a list?"           # one answer on the standard output
     python chat_phi_engram.py < preguntas.txt                        # one answer for each line
     python chat_phi_engram.py --codigo < principios.txt              # one for each block; a line "---" between two
+    python chat_phi_engram.py --servir                               # OpenAI's interface for editors
 """
 
 import os
@@ -306,6 +307,19 @@ def open_for_chat(name, note, storage="auto", memory=None):
     return model, tokenizer
 
 
+def check_serving(parser, options):
+    """Refuse flags that `--servir` would not heed, or that heed nothing without it."""
+    if options.servir is not None and (options.codigo or options.pregunta is not None):
+        parser.error("--servir no va con --codigo ni con --pregunta: cada petición dice si conversa o completa.")
+    if options.clave_de and options.servir is None:
+        parser.error("--clave-de solo vale con --servir.")
+    if options.clave_de and not os.environ.get(options.clave_de):
+        parser.error(
+            f"--clave-de {options.clave_de}: esa variable de entorno no existe o está vacía. Ponla antes: "
+            f"export {options.clave_de}=…"
+        )
+
+
 def main(argv=None) -> int:
     parser = SpanishParser(
         description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
@@ -332,8 +346,18 @@ def main(argv=None) -> int:
         "--recuerdos", metavar="CARPETA",
         help="carpeta de lo que se le enseña con «aprende»: se abre al empezar y se guarda cada vez",
     )  # fmt: skip
+    parser.add_argument(
+        "--servir", nargs="?", type=int, const=8765, metavar="PUERTO",
+        help="en vez de conversar, responder a editores y otros programas con la interfaz de OpenAI, solo en este "
+        "equipo (por defecto, puerto %(const)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clave-de", metavar="VARIABLE",
+        help="con --servir: pedir una llave a quien pregunta, la que haya en esta variable de entorno",
+    )  # fmt: skip
     add_memory_options(parser)
     options = parser.parse_args(argv)
+    check_serving(parser, options)
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
     if options.temperatura is not None and not 0 <= options.temperatura <= 100:
@@ -352,14 +376,22 @@ def main(argv=None) -> int:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
 
-    if options.pregunta is None and unanswered():
+    if options.pregunta is None and options.servir is None and unanswered():
         raise UserError(
             "En un cuaderno, «!python» no recibe lo que escribes y se quedaría esperando para siempre. Haz una "
             'pregunta con la orden: !python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
             "   O conversa en una celda, sin «!»: from chat_phi_engram import run_chat; run_chat()"
         )
     name = str(options.modelo or default_model())
+    if options.servir is not None:
+        from engram.server import serve  # optional packages, missed before a model is opened
+
     model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria)
+    if options.servir is not None:
+        key = os.environ[options.clave_de] if options.clave_de else None
+        answers = (options.max_tokens, options.temperatura, options.semilla, options.recuerdos)
+        serve(model, tokenizer, name, options.servir, note, key, *answers)
+        return 0
     code, temperature = suited(model, options.codigo, options.temperatura)
     settings = (code, options.max_tokens, temperature, options.semilla, options.recuerdos)
     longest = model.config.max_position_embeddings // 2
