@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from engram.console import spanish
 
-PROMPTS = ("def __init__(self", "import os\n\ndef main():\n    ", "for i in range(", "class Node:\n    def", "x = [", "#")
+PROMPTS = ("def __init__(self", "import os\n\ndef main():\n    ", "for i in range(", "class Node:\n    def", "x = [")
 
 
 @contextmanager
