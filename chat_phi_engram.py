@@ -265,7 +265,7 @@ def run_chat(
                     if terminal:
                         write(MODEL)
                     guarded(say, respond, chat, text if chat.code else text.strip(), say)
-        except EOFError:
+        except (EOFError, NotImplementedError):  # the latter where a notebook is run whole, with nobody to type
             break
         except KeyboardInterrupt:
             if not terminal:
