@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import helpers
+from engram.checks import tokenizer_on_the_spot
 from engram.plan import from_args, plan
 from train_phi_engram import parse
 
@@ -22,6 +23,12 @@ REPLACED = {
     "clonar": "%cd Phi-1_engram",
     "drive": "# aquí no hay Drive",
     "secretos": "# aquí no hay secretos",
+}
+# What a piece of any cell becomes.
+CHANGED = {
+    "load_phi_engram.py": "load_phi_engram.py --modelo phi",  # the Hub's Phi-1 in miniature, and no Hub
+    "/tmp/phi1-engram": "../phi1-engram",
+    'datos = "engram"': 'datos = "../codigo"',
 }
 # What is typed in the cells tagged «escribir», one after the other; none: as where a notebook is run whole.
 TYPED = {
@@ -94,18 +101,8 @@ def test_they_train_with_what_the_plan_proposes(path):
     assert training.removesuffix(' --datos "{datos}"') in plan(*from_args(parse(["--plan", path.stem])))
 
 
-@pytest.fixture
-def hub(tmp_path, tokenizer):
-    """A cache in which microsoft/phi-1 lies whole, in miniature: wide enough to be told a fact."""
-    snapshot = tmp_path / "hub" / "models--microsoft--phi-1" / "snapshots" / ("0" * 40)
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    helpers.save_phi(snapshot, tokenizer, hidden_size=256, intermediate_size=512)
-    return tmp_path / "hub"
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_runs(path, hub, tmp_path, monkeypatch, capsys):
+def test_every_cell_runs(path, code, tmp_path, monkeypatch, capsys):
     nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
     nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
     pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
@@ -113,7 +110,10 @@ def test_every_cell_runs(path, hub, tmp_path, monkeypatch, capsys):
         if name.parts[0] == "engram" or name.name.endswith("phi_engram.py") or name.name == "phi1_engram.py":
             (tmp_path / "Phi-1_engram" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, tmp_path / "Phi-1_engram" / name)
-    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    tokenizer = tokenizer_on_the_spot()
+    shape = dict(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512)  # wide enough to be told a fact
+    helpers.save_phi(tmp_path / "Phi-1_engram" / "phi", tokenizer, **shape)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -127,13 +127,16 @@ def test_every_cell_runs(path, hub, tmp_path, monkeypatch, capsys):
                 cell.source = REPLACED[tag]
             elif lines := typed.pop(0):
                 cell.source = f"builtins.input = lambda prompt, lines=iter({lines!r}): next(lines)\n{cell.source}"
-        cell.source = cell.source.replace("/tmp/phi1-engram", str(tmp_path / "phi1-engram"))
+        for piece, other in CHANGED.items():
+            if piece in cell.source and cell.cell_type == "code":
+                replaced.append(f"{piece} -> {other}")
+                cell.source = cell.source.replace(piece, other)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(BEFORE))
     nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     with capsys.disabled():
-        print(f"\n{path.name}, sustituidas: " + "; ".join(replaced))
+        print(f"\n{path.name}, sustituido: " + "; ".join(dict.fromkeys(replaced)))
     said = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
     said = {cell.source: text for cell, text in zip(notebook.cells, said)}
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -244,12 +245,30 @@ def test_eight_clients_at_once(served):
     assert memory[-1] - memory[0] < 8e6  # bytes; the model's own come to 9e6
 
 
-def test_who_leaves_is_not_answered_on(made, monkeypatch):
-    """A closed stream ends its answer at the next token, and the next one in the queue is served."""
+@contextmanager
+def inside(made):
+    """A server in a thread of this process. Yields its port and its OneModel, whose notes are in a list."""
     from engram import server as room
 
-    model, tokenizer = made
-    models, left, answer = room.OneModel("mi-phi", Chat(model, tokenizer, True, 128, 1.0), print), [], room.Job.answer
+    models = room.OneModel("mi-phi", Chat(*made, True, 128, 1.0), [].append)
+    running = room.Server(room.uvicorn.Config(room.make_app(models, None), log_level="critical"))
+    running.models = models
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0)), listening.listen()
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1], models
+        finally:
+            running.should_exit = True
+            thread.join(60)
+
+
+def test_who_leaves_is_not_answered_on(made, monkeypatch):
+    """A closed stream ends its answer at the next token, and the next one in the queue is served."""
+    from engram.server import Job
+
+    left, answer = [], Job.answer
 
     def watched(job, *arguments):
         try:
@@ -258,22 +277,14 @@ def test_who_leaves_is_not_answered_on(made, monkeypatch):
             left.append(error)
             raise
 
-    monkeypatch.setattr(room.Job, "answer", watched)
-    running = room.Server(room.uvicorn.Config(room.make_app(models, None), log_level="critical"))
-    running.models = models
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0)), listening.listen()
-        port = listening.getsockname()[1]
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-        thread.start()
+    monkeypatch.setattr(Job, "answer", watched)
+    with inside(made) as (port, _):
         body = json.dumps({"prompt": PROMPT, "max_tokens": 128, "temperature": 0, "stream": True})
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", port)) as line:
             line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             assert line.recv(10)
         said = bench.ask(f"http://127.0.0.1:{port}/v1", "completions", prompt=PROMPT, max_tokens=4, temperature=0)
-        running.should_exit = True
-        thread.join(60)
     assert bench.text_of(said) == greedy(made, PROMPT, 4) and len(left) == 1
 
 
@@ -323,32 +334,25 @@ def test_nothing_else_is_served(served):
     assert [address for address in heard if address.endswith(f":{port:04X}")][0] == f"0100007F:{port:04X}"  # 127.0.0.1
 
 
-def test_an_error_within_is_told_and_the_server_lives_on(made, monkeypatch):
-    """In a stream, whose status is sent already, as OpenAI's client understands it."""
-    import asyncio
-
-    from transformers.cli.serving.completion import CompletionHandler
-
-    from engram.server import Endpoint, OneModel
-
-    model, tokenizer = made
-    notes = []
-    models = OneModel("mi-phi", Chat(model, tokenizer, True, 8, 1.0), notes.append)
+@pytest.mark.parametrize(
+    ("error", "status", "words"), [("CUDA out of memory", 503, "Se agotó"), ("x", 500, "Error interno")]
+)
+def test_an_error_within_is_told_and_the_server_lives_on(made, monkeypatch, error, status, words):
+    """In a stream too, whose status is sent already, as OpenAI's client understands it."""
 
     def broken(*_, **__):
-        raise RuntimeError("CUDA out of memory")
+        raise RuntimeError(error)
 
-    async def pieces():
-        response = await Endpoint(CompletionHandler, models).handle_request({"prompt": "x", "stream": True}, "1")
-        return [piece async for piece in response.body_iterator]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "generate", broken)
-        said = asyncio.run(pieces())
-    assert said[-1] == "data: [DONE]\n\n"
-    assert "Se agotó la RAM" in json.loads(said[-2].removeprefix("data: "))["error"]["message"]
-    assert "choices" in asyncio.run(pieces())[0] and not notes
-    models.shutdown()
+    with inside(made) as (port, models):
+        address, notes = f"http://127.0.0.1:{port}/v1", models.note.__self__
+        with monkeypatch.context() as patch:
+            patch.setattr(made[0], "generate", broken)
+            refused = refusal(address, "completions", {"prompt": PROMPT})
+            said = bench.ask(address, "completions", prompt=PROMPT, stream=True)
+        assert refused[0] == status and words in refused[1]["message"] and refused[1]["type"] == "server_error"
+        assert said == [{"error": refused[1]}, "[DONE]"] and len(notes) == 1 and words in notes[0]
+        after = bench.ask(address, "completions", prompt=PROMPT, max_tokens=4, temperature=0)
+    assert bench.text_of(after) == greedy(made, PROMPT, 4)
 
 
 def test_ctrl_c_ends_it_while_it_answers(folder):
