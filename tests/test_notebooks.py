@@ -26,7 +26,7 @@ REPLACED = {
 }
 # What a piece of any cell becomes.
 CHANGED = {
-    "load_phi_engram.py": "load_phi_engram.py --modelo phi",  # the Hub's Phi-1 in miniature, and no Hub
+    "load_phi_engram.py": "load_phi_engram.py --modelo phi --filas 500",  # Phi-1 in miniature, not the Hub's
     "/tmp/phi1-engram": "../phi1-engram",
     'datos = "engram"': 'datos = "../codigo"',
 }
