@@ -138,16 +138,16 @@ def test_every_cell_runs(path, tmp_path, monkeypatch, capsys):
     with capsys.disabled():
         print(f"\n{path.name}, sustituido: " + "; ".join(dict.fromkeys(replaced)))
     said = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
-    said = {cell.source: text for cell, text in zip(notebook.cells, said)}
+    said = [(cell.source, text) for cell, text in zip(notebook.cells, said)]
 
     def of(words):
-        return next(text for cell, text in said.items() if words in cell)
+        return next(text for cell, text in said if words in cell)
 
     assert "✅" in of("verify_phi_engram.py") and "❌" not in of("verify_phi_engram.py")
     assert "✅ Injerto exacto" in of("load_phi_engram.py")
     assert "¡Hasta luego!" in of("open_for_chat") and "1  La capital de Zubrowka es => Lutz" in of("kept_in")
     assert "✅ Guardado en phi1-engram-trained/" in of("--datos")
-    assert "phi1-engram-trained:" in [text for cell, text in said.items() if "--pregunta" in cell][1]
+    assert "phi1-engram-trained:" in [text for cell, text in said if "--pregunta" in cell][1]
     looked = next(cell for cell in notebook.cells if "display(Markdown" in cell.source).outputs
     kinds = [kind for output in looked for kind in output["data"] if kind in ("text/markdown", "image/png")]
     assert kinds == ["text/markdown"] + ["image/png"] * 5
