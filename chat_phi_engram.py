@@ -6,6 +6,7 @@
     python chat_phi_engram.py --pagina                               # a page in the browser
     python chat_phi_engram.py < preguntas.txt                        # one answer for each line
     python chat_phi_engram.py --codigo < principios.txt              # one for each block; a line "---" between two
+    python chat_phi_engram.py --servir                               # OpenAI's interface for editors
 """
 
 import os
@@ -38,7 +39,7 @@ try:
     from engram.facts import described
     from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
     from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, order
-    from engram.page import check_place, serve
+    from engram.page import check_place, show_page
     from engram.teaching import ARROW
 except ImportError as error:
     sys.exit(
@@ -231,7 +232,7 @@ def run_chat(
                     if terminal:
                         write(MODEL)
                     guarded(say, respond, chat, text if chat.code else text.strip(), say)
-        except EOFError:
+        except (EOFError, NotImplementedError):  # the latter where a notebook is run whole, with nobody to type
             break
         except KeyboardInterrupt:
             if not terminal:
@@ -273,6 +274,19 @@ def open_for_chat(name, note, storage="auto", memory=None, quantised="no"):
     return model, tokenizer
 
 
+def check_serving(parser, options):
+    """Refuse flags that `--servir` would not heed, or that heed nothing without it."""
+    if options.servir is not None and (options.codigo or options.pregunta is not None):
+        parser.error("--servir no va con --codigo ni con --pregunta: cada petición dice si conversa o completa.")
+    if options.clave_de and options.servir is None:
+        parser.error("--clave-de solo vale con --servir.")
+    if options.clave_de and not os.environ.get(options.clave_de):
+        parser.error(
+            f"--clave-de {options.clave_de}: esa variable de entorno no existe o está vacía. Ponla antes: "
+            f"export {options.clave_de}=…"
+        )
+
+
 def main(argv=None) -> int:
     parser = SpanishParser(
         description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
@@ -311,9 +325,19 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--dejar-aprender", action="store_true", help="con --compartir: los visitantes también pueden enseñarle"
     )
+    parser.add_argument(
+        "--servir", nargs="?", type=int, const=8765, metavar="PUERTO",
+        help="en vez de conversar, responder a editores y otros programas con la interfaz de OpenAI, solo en este "
+        "equipo (por defecto, puerto %(const)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clave-de", metavar="VARIABLE",
+        help="con --servir: pedir una llave a quien pregunta, la que haya en esta variable de entorno",
+    )  # fmt: skip
     add_memory_options(parser)
     add_quantising_option(parser)
     options = parser.parse_args(argv)
+    check_serving(parser, options)
     if options.max_tokens < 1:
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
     if options.temperatura is not None and not 0 <= options.temperatura <= 100:
@@ -343,14 +367,22 @@ def main(argv=None) -> int:
 
     if options.pagina is not None:
         check_place(options.compartir)
-    elif options.pregunta is None and unanswered():
+    elif options.pregunta is None and options.servir is None and unanswered():
         raise UserError(
             "En un cuaderno, «!python» no recibe lo que escribes y se quedaría esperando para siempre. Haz una "
             'pregunta con la orden: !python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
             "   O conversa en una celda, sin «!»: from chat_phi_engram import run_chat; run_chat()"
         )
     name = str(options.modelo or default_model())
+    if options.servir is not None:
+        from engram.server import serve  # optional packages, missed before a model is opened
+
     model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria, options.cuantizar)
+    if options.servir is not None:
+        key = os.environ[options.clave_de] if options.clave_de else None
+        answers = (options.max_tokens, options.temperatura, options.semilla, options.recuerdos)
+        serve(model, tokenizer, name, options.servir, note, key, *answers)
+        return 0
     code, temperature = suited(model, options.codigo, options.temperatura)
     settings = (code, options.max_tokens, temperature, options.semilla, options.recuerdos)
     longest = model.config.max_position_embeddings // 2
@@ -358,7 +390,7 @@ def main(argv=None) -> int:
         note(f"(--max-tokens se queda en {longest}, la mitad de lo que el modelo puede leer.)")
     if options.pagina is not None:
         teach = options.dejar_aprender or not options.compartir
-        serve(Chat(model, tokenizer, *settings), name, options.pagina or None, options.compartir, teach, note)
+        show_page(Chat(model, tokenizer, *settings), name, options.pagina or None, options.compartir, teach, note)
         return 0
     if options.pregunta is not None:
         with interruptible():

@@ -65,6 +65,11 @@ def repeats(text: str) -> bool:
     )
 
 
+def begun(text: str, stops) -> int:
+    """How many of the last characters of a text may be the beginning of one of `stops`."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
 class Answer(StoppingCriteria):
     """Streams an answer word by word, and stops it where the model starts to speak for the user.
 
@@ -76,11 +81,13 @@ class Answer(StoppingCriteria):
         code: raw completion; white space is kept and no turn is looked for.
         write: takes each piece of text.
         stop: an Event that cuts it, as Ctrl-C does.
+        stops: texts that end it and are no part of it.
     """
 
-    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write, stop: threading.Event):
+    def __init__(self, tokenizer, prompt: torch.LongTensor, code: bool, write, stop=None, stops=()):
         self.tokenizer, self.prompt_length, self.code, self.write = tokenizer, prompt.shape[1], code, write
-        self.ids, self.text, self.stop = prompt, "", stop  # int64 [1, T], with the prompt; what has been shown
+        self.stop, self.stops = stop or threading.Event(), stops
+        self.ids, self.text = prompt, ""  # int64 [1, T], with the prompt; what has been shown
         self.cut = self.looped = False  # by the user; because it repeated itself
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
@@ -118,15 +125,18 @@ class Answer(StoppingCriteria):
         if not self.code:
             text = text.lstrip()
             turn = OTHER_TURN.search(text)
-        if turn:
+        stop = min((text.index(stop) for stop in self.stops if stop in text), default=None)
+        if stop is not None and (turn is None or stop < turn.start()):
+            text = text[:stop]
+        elif turn:
             text = text[: turn.start()].rstrip()
         elif not final:
-            text = text[: re.search(r"\s*\S*\Z", text).start()]
+            text = text[: min(re.search(r"\s*\S*\Z", text).start(), len(text) - begun(text, self.stops))]
         elif not self.code:
             text = text.rstrip()
         self.write(text[len(self.text) :])
         self.text = text
-        return turn is not None
+        return turn is not None or stop is not None
 
 
 class Question(NamedTuple):
@@ -194,7 +204,7 @@ class Chat:
                     f"Tu mensaje es demasiado largo: {over} de los {spanish(self.context)} que el modelo puede leer, "
                     f"{self.max_tokens} de ellos para la respuesta. Acórtalo, o usa un --max-tokens menor."
                 )
-            turns = turns[2:]
+            turns = turns[min(2, len(turns) - 1) :]
 
     def tokens(self, text: str) -> torch.LongTensor:
         text = text.encode("utf-8", "replace").decode("utf-8")  # bytes that a terminal could not decode

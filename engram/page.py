@@ -268,7 +268,7 @@ def launch(page, port: int | None = None, share=False):
     return login
 
 
-def serve(first: Chat, name: str, port: int | None, share: bool, teach: bool, note):
+def show_page(first: Chat, name: str, port: int | None, share: bool, teach: bool, note):
     """Show the page until Ctrl-C.
 
     Args:
