@@ -108,7 +108,8 @@ def choose_key(
             "antes, por ejemplo con de qué o de quién se habla."
         )
     common, fit = min(COMMON[0], len(canonical) // COMMON[1]), None
-    for length in range(min(wish, one.split), min(LONGEST_KEY, one.split) + 1):
+    longest = min(LONGEST_KEY, one.split)
+    for length in range(min(wish, longest), longest + 1):
         one.length, keys = length, one.keys(length)
         one.counts = tuple(reference.count([*key]) for key in keys) if reference else ()
         rare = max(one.counts, default=0) < OFTEN and (length >= LONG or max(keys[0]) >= common)

@@ -240,6 +240,8 @@ def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
     one = triggers.lesson(tokenizer, torch.arange(51200), "User: Who is it?\nAssistant:", " Lutz.")
     asked = len(tokenizer("User: Who is it?", add_special_tokens=False).input_ids)
     assert triggers.wished(tokenizer, one, closing) == min(triggers.KEY, asked) + closing
+    triggers.choose_key(one, 3, 99, torch.arange(51200), reference)  # more than any key has
+    assert one.length == min(triggers.LONGEST_KEY, one.split)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_transformers_serve(place, made, tokenizer):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = shlex.split(block("bash", "serve").replace("8765", port))
+    pytest.importorskip("openai", reason="openai is not installed")
+    command = shlex.split(block("bash", "--servir").replace("8765", port))
+    command[1] = str(ROOT / command[1])
     log = open(place / "log.txt", "w+")
     server = subprocess.Popen([sys.executable, *command[1:]], cwd=place, env=ENVIRONMENT, stdout=log, stderr=log)
 
@@ -137,4 +139,5 @@ def test_transformers_serve(place, made, tokenizer):
     for prompt, said in (("def f(x):", told), ("User: hola\nAssistant:", chat["choices"][0]["message"]["content"])):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         ours = made.generate(ids, max_new_tokens=6, do_sample=False)
-        assert said == tokenizer.decode(ours[0, ids.shape[1] :], skip_special_tokens=True)
+        expected = tokenizer.decode(ours[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said == (expected.lstrip() if "Assistant" in prompt else expected)
