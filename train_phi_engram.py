@@ -61,7 +61,7 @@ def make_parser() -> SpanishParser:
         description="Entrena la memoria Engram (fase 1) y después todo el modelo (fase 2).",
         epilog="Ejemplo: python train_phi_engram.py --datos mi-codigo/ --salida phi1-engram-trained",
     )
-    parser.add_argument("--demo", action="store_true", help="sin Hub ni GPU: unos 12 minutos, con control y tabla")
+    parser.add_argument("--demo", action="store_true", help="sin Hub ni GPU: unos 10 minutos, con control y tabla")
     parser.add_argument("--modelo", default="phi1-engram", help="carpeta o usuario/nombre (por defecto, %(default)s)")
     kinds = ", ".join(TEXT_SUFFIXES)
     parser.add_argument("--datos", help=f"carpeta o archivo {kinds} (sin él, la biblioteca estándar)")

@@ -146,12 +146,13 @@ def verdict(rows: list[dict], new: str) -> str:
     gains = base["choices"].loss - memory["choices"].loss
     gain, error = mean_and_error(gains, torch.ones_like(gains, dtype=torch.bool))
     mark = "✅" if gain > 2 * error else "❌"
-    left, learned = (spanish(base["loss"] - row["loss"], 3) for row in (shuffled, best))
+    left, learned = (base["loss"] - row["loss"] for row in (shuffled, best))
+    left, learned = f"quedan {spanish(left, 3)}" if left > 0 else "no queda nada", spanish(learned, 3)
     right, best_right = (spanish(100 * row["right"], 1) for row in (memory, best))
     forgot, best_forgot = (spanish(row["old"] - base["old"], 3) for row in (memory, best))
     gain, error = spanish(gain, 3), spanish(error, 3)
     return f"""{mark} La memoria sola, con Phi congelado, aprende {new}: {gain} ± {error} nats menos por token (el ± es
-   de unos textos a otros). Con las filas de otros n-gramas quedan {left}: lo demás está en lo que recuerda.
+   de unos textos a otros). Con las filas de otros n-gramas {left}: está en lo que recuerda.
    El control que más aprende, con todos los pesos ({best["name"]}): {learned} nats. Acierta a la primera el
    {best_right} %; la memoria, el {right} %.
    Lo que olvidan, en nats de la biblioteca estándar: el control, {best_forgot}; la memoria, {forgot}, y apagada nada,

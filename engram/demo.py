@@ -44,7 +44,7 @@ DEMO_BASE_STEPS, DEMO_BASE_RATE, DEMO_CONTROL_RATES = 360, 2e-3, (2.5e-4, 1e-3, 
 LIBRARY = "sympy"  # requirements.txt brings it, and the small Phi has never read it
 PLAN = f"""Demostración sin Hub: entreno un Phi pequeño con la biblioteca estándar de Python, lo congelo, le injerto la
 memoria, y ella sola aprende {LIBRARY}, que él no ha leído. A su lado lo aprende el mismo Phi sin memoria, con todos sus
-pesos. Al final se ve qué ha aprendido y qué ha olvidado cada uno. Unos 12 minutos con dos núcleos.
+pesos. Al final se ve qué ha aprendido y qué ha olvidado cada uno. Unos 10 minutos con dos núcleos.
 """
 BLOCKS = 256, 128  # at most, of the library and of what the small Phi has read, that models are measured on
 DEMO_SHAPE = dict(

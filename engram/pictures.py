@@ -148,7 +148,7 @@ def draw_trade(rows: list[dict], new: str, path):
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(
         title="Arriba y a la izquierda es mejor", xlabel="olvida: nats de más en la biblioteca estándar",
-        ylabel=f"aprende: nats de menos en {new}",
+        ylabel=f"aprende: nats de menos en {new}", xlim=(0, None),
     )  # fmt: skip
     commas(axis.xaxis, 1)
     commas(axis.yaxis, 1)

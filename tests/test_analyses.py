@@ -600,8 +600,10 @@ def test_the_verdict_is_the_rows(models):
     controls = row("a", 3.5, 5.0, 0.375), row("b", 3.75, 4.5)
     rows = [row("base", 5.0, 4.0), *controls, row("m", 4.0, 4.25), row("s", 5.125, 4.5)]
     text = " ".join(choices.verdict(rows, "sympy").split())
-    assert text.startswith("✅") and "aprende sympy: 1,000 ± 0,000 nats menos" in text and "quedan -0,125" in text
+    assert text.startswith("✅") and "aprende sympy: 1,000 ± 0,000 nats menos" in text
+    assert "n-gramas no queda nada: está en lo que recuerda" in text
     assert "(a): 1,500 nats. Acierta a la primera el 37,5 %; la memoria, el 25,0 %" in text
     assert "el control, 1,000; la memoria, 0,250" in text
-    rows[3] = row("m", 5.5, 4.25)
-    assert choices.verdict(rows, "sympy").startswith("❌")
+    rows[3:] = row("m", 5.5, 4.25), row("s", 4.875, 4.5)
+    text = choices.verdict(rows, "sympy")
+    assert text.startswith("❌") and "quedan 0,125: está" in text

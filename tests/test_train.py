@@ -420,7 +420,7 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     recipe = replace(demo.DEMO_RECIPE, batch=2, length=64, steps=(3, 0))
     rows = demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
     out = capsys.readouterr().out
-    assert "12 minutos" in out and "| Phi de partida |" in out and "| Control (tasa 0,001) |" in out
+    assert "10 minutos" in out and "| Phi de partida |" in out and "| Control (tasa 0,001) |" in out
     base, *controls, memory, shuffled = rows
     assert len(controls) == len(demo.DEMO_CONTROL_RATES) and "otros n-gramas" in shuffled["name"]
     assert base["kl"] == base["changed"] == 0 and all(row["kl"] > 0 for row in (*controls, memory))
