@@ -52,7 +52,7 @@ def place(origin, tmp_path, monkeypatch):
 def whole(origin):
     """Weights of the run that nothing interrupts."""
     assert kills.in_child(origin, "registro.txt", lambda: kills.train_here(*SHORT)) == 0
-    return (origin / kills.OUTPUT / helpers.DENSE_FILE).read_bytes()
+    return weights(origin)
 
 
 def run(folder, *options, action=kills.train_here):
@@ -68,7 +68,7 @@ def killed(folder, *kill, options=()):
 
 
 def weights(folder, output=kills.OUTPUT):
-    return (folder / output / helpers.DENSE_FILE).read_bytes()
+    return kills.tensors_of((folder / output / helpers.DENSE_FILE).read_bytes())
 
 
 # --- kills
@@ -344,7 +344,7 @@ def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
         code, out = run(place, "--copia", "hub:usuario/copias", "--reanudar")
         assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
         there = hub.repos["usuario/copias"]
-        assert weights(place) == whole == there[f"{kills.OUTPUT}/{helpers.DENSE_FILE}"]
+        assert weights(place) == whole == kills.tensors_of(there[f"{kills.OUTPUT}/{helpers.DENSE_FILE}"])
         assert {path.split("/")[0] for path in there} <= {kills.OUTPUT, ".gitattributes"}
         hub.status["usuario/copias"] = 403  # from now on: that stops no training
         shutil.rmtree(place / kills.OUTPUT)
