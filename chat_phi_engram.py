@@ -278,6 +278,8 @@ def check_serving(parser, options):
     """Refuse flags that `--servir` would not heed, or that heed nothing without it."""
     if options.servir is not None and (options.codigo or options.pregunta is not None):
         parser.error("--servir no va con --codigo ni con --pregunta: cada petición dice si conversa o completa.")
+    if options.servir is not None and options.pagina is not None:
+        parser.error("--servir y --pagina no van juntos: cada uno, en una terminal.")
     if options.clave_de and options.servir is None:
         parser.error("--clave-de solo vale con --servir.")
     if options.clave_de and not os.environ.get(options.clave_de):
@@ -287,7 +289,8 @@ def check_serving(parser, options):
         )
 
 
-def main(argv=None) -> int:
+def options_of(argv):
+    """What the command line says; ends with a sentence where it cannot be done."""
     parser = SpanishParser(
         description="Conversa con Phi-1 y su memoria Engram, o deja que complete código.",
         epilog='Ejemplo: python chat_phi_engram.py --codigo --pregunta "def factorial(n):"\n'
@@ -350,7 +353,11 @@ def main(argv=None) -> int:
         parser.error("--pagina y --pregunta no pueden ir juntos.")
     if (options.compartir and options.pagina is None) or (options.dejar_aprender and not options.compartir):
         parser.error("--compartir acompaña a --pagina, y --dejar-aprender a --compartir.")
+    return options
 
+
+def main(argv=None) -> int:
+    options = options_of(argv)
     aloud = options.pagina is not None or (options.pregunta is None and in_conversation())
 
     def note(text):  # beside the answers, so that `> respuestas.txt` holds answers alone

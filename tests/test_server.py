@@ -374,6 +374,7 @@ def test_flags_that_do_not_go_together(capsys, monkeypatch):
     for words, said in (
         (["--servir", "--codigo"], "no va con --codigo"),
         (["--servir", "--pregunta", "x"], "no va con --codigo ni con --pregunta"),
+        (["--servir", "--pagina"], "--servir y --pagina no van juntos"),
         (["--clave-de", "PATH"], "--clave-de solo vale con --servir"),
         (["--servir", "--clave-de", "NO_HAY"], "export NO_HAY="),
         (["--servir", "abc"], "no es un número entero"),
