@@ -76,12 +76,28 @@ def copy_folder(source: Path, target: Path):
 
 
 class HubCopies(Copies):
-    """In a private repository, of which only the newest checkpoint is kept, and no history."""
+    """In a private repository of its own, of which only the newest checkpoint is kept, and no history.
+
+    Raises:
+        UserError: it cannot be made, others can read it, or it holds something else, whose history would be lost.
+    """
 
     def __init__(self, repo: str, checkpoints: Path):
         super().__init__(repo, checkpoints)
         self.repo, self.place = repo, f"el Hub ({repo})"
-        self.ask(lambda api: api.create_repo(repo, private=True, exist_ok=True))  # now, and not after hours
+        self.ask(self._make)  # now, and not after hours
+
+    def _make(self, api):
+        api.create_repo(self.repo, private=True, exist_ok=True)
+        if not api.repo_info(self.repo).private:
+            raise UserError(f"--copia {ON_HUB}{self.repo}: ese repositorio es público. Elige otro nombre.")
+        names = {name.split("/")[0] for name in api.list_repo_files(self.repo)}
+        own = {self.checkpoints.name, self.checkpoints.name.removesuffix("-checkpoints"), ".gitattributes"}
+        if others := sorted(names - own):
+            raise UserError(
+                f"--copia {ON_HUB}{self.repo}: ahí hay otras cosas ({others[0]}), y de ese repositorio solo se guarda "
+                "lo último. Elige otro nombre."
+            )
 
     def ask(self, action):
         return on_hub(action, self.repo, "Mira la conexión y que la llave deje escribir ahí.")
@@ -100,16 +116,22 @@ class HubCopies(Copies):
         """Checkpoints in the repository, oldest first: each came whole, in one commit."""
         prefix = f"{self.checkpoints.name}/"
         names = {name.split("/")[1] for name in api.list_repo_files(self.repo) if name.startswith(prefix)}
-        return sorted(map(Path, names), key=position)
+        return sorted(filter(position, map(Path, names)), key=position)
 
     def bring(self):
         def download(api):
             there = self.there(api)
             here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
-            if there and (not here or position(here[-1]) < position(there[-1])):
-                print(f"Traigo {there[-1].name} de {self.place} …")
-                inside = f"{self.checkpoints.name}/{there[-1].name}/*"
-                api.snapshot_download(self.repo, allow_patterns=inside, local_dir=self.checkpoints.parent)
+            if not there or (here and position(here[-1]) >= position(there[-1])):
+                return
+            print(f"Traigo {there[-1].name} de {self.place} …")
+            inside = f"{self.checkpoints.name}/{there[-1].name}"
+            with whole_folder(self.checkpoints / there[-1].name) as temporary:
+                api.snapshot_download(self.repo, allow_patterns=f"{inside}/*", local_dir=temporary)
+                for file in (temporary / inside).iterdir():
+                    shutil.move(file, temporary)
+                for rest in (self.checkpoints.name, ".cache"):  # the latter is huggingface_hub's own
+                    shutil.rmtree(temporary / rest, ignore_errors=True)
 
         self.ask(download)
 
@@ -118,7 +140,8 @@ class HubCopies(Copies):
 
         def upload(api):
             api.upload_folder(folder_path=output, path_in_repo=output.name, repo_id=self.repo)
-            api.delete_folder(self.checkpoints.name, repo_id=self.repo)
+            if self.there(api):
+                api.delete_folder(self.checkpoints.name, repo_id=self.repo)
             api.super_squash_history(repo_id=self.repo)
 
         try:

@@ -295,8 +295,11 @@ def of_demo(name) -> dict:
     """What the demo wrote of its model: {"library", the package that its memory has learned, "prompt", a beginning that
     it goes on with otherwise than plain Phi}; {} for any other model."""
     log = Path(name).expanduser() / LOG
-    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.is_file() else ()
-    return next((row["demo"] for row in rows if "demo" in row), {})
+    try:
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        return {key: last["demo"][key] for key in ("library", "prompt")}
+    except (OSError, ValueError, LookupError, TypeError):  # another model's, or damaged: nothing hangs on it
+        return {}
 
 
 def n_values(model) -> int:

@@ -7,7 +7,7 @@
 
 Everything lives in memory. `hub.private[name]` is what create_repo asked for, `hub.requests` lists (method, path,
 authorization) of every request. `hub.status[name] = 503` makes a repository answer so, `hub.gated` are names whose
-files need permission; private ones need `hub.token`.
+files need permission, `hub.closed` those that take nothing more; private ones need `hub.token`.
 """
 
 import base64
@@ -27,7 +27,7 @@ MOST_REQUESTS = 2000  # a client that loops is cut off
 class Hub:
     def __init__(self, token="hf_prueba", user="usuario"):
         self.token, self.user = token, user
-        self.repos, self.private, self.status, self.gated = {}, {}, {}, set()
+        self.repos, self.private, self.status, self.gated, self.closed = {}, {}, {}, set(), set()
         self.blobs, self.requests, self.commits, self.squashed = {}, [], {}, 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -117,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.error(404 if allowed else 401, "RepoNotFound", "Repository not found")
             if method in (self.preupload, self.lfs_batch, self.commit, self.squash) and not allowed:
                 return self.error(403, "", "write access needed")
+            if name in hub.closed and method in (self.preupload, self.lfs_batch, self.commit):
+                return self.error(403, "", "no storage left")
             if name in hub.gated and method == self.resolve:
                 return self.error(403, "GatedRepo", "Access to this model is restricted")
             return method(*match.groups())

@@ -340,13 +340,22 @@ def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
         kept = {path.split("/")[1] for path in hub.repos["usuario/copias"] if path.startswith(f"{folder.name}/")}
         assert len(kept) in (1, 2) and kept <= {"fase-1-paso-0000002", "fase-2-paso-0000000"} and hub.squashed
         assert hub.private["usuario/copias"]
+        for name, files, private, why in (
+            ("mio", {"model.safetensors": b"x"}, True, "ahí hay otras cosas (model.safetensors)"),
+            ("abierto", {}, False, "ese repositorio es público"),
+        ):
+            hub.add(f"usuario/{name}", files, private)
+            squashed = hub.squashed
+            code, out = run(place, "--copia", f"hub:usuario/{name}", "--salida", name)
+            assert code == 1 and why in out and hub.repos[f"usuario/{name}"] == files and hub.squashed == squashed, out
         shutil.rmtree(folder)  # another machine
         code, out = run(place, "--copia", "hub:usuario/copias", "--reanudar")
         assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
+        assert not (place / ".cache").exists()
         there = hub.repos["usuario/copias"]
         assert weights(place) == whole == kills.tensors_of(there[f"{kills.OUTPUT}/{helpers.DENSE_FILE}"])
         assert {path.split("/")[0] for path in there} <= {kills.OUTPUT, ".gitattributes"}
-        hub.status["usuario/copias"] = 403  # from now on: that stops no training
+        hub.closed.add("usuario/copias")  # that stops no training
         shutil.rmtree(place / kills.OUTPUT)
         code, out = run(place, "--copia", "hub:usuario/copias")
         assert code == 0 and "No se ha podido copiar" in out and "El Hub no aceptó 'usuario/copias'" in out, out

@@ -433,6 +433,9 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "phi1-engram-demo" / "aprender-y-olvidar.png").stat().st_size > 10_000
     said = of_demo(tmp_path / "phi1-engram-demo")
     assert said["library"] == "sympy" and set(said) == {"library", "prompt"} and of_demo(tmp_path) == {}
+    (tmp_path / "entrenamiento.jsonl").write_text('{"loss": 1}\n{"demo')  # cut short
+    assert of_demo(tmp_path) == {}
+    (tmp_path / "entrenamiento.jsonl").unlink()
     card = (tmp_path / "phi1-engram-demo" / "README.md").read_text(encoding="utf-8")
     assert "**Es un modelo de juguete**" in card and ": el mismo Phi sin memoria, con los mismos pasos |" in card
     assert "El control es el mismo Phi de partida" in card
