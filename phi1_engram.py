@@ -742,7 +742,7 @@ class EngramTable(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LONGEST_KEY = 12  # canonical tokens; the cache keeps one less
+LONGEST_KEY = 20  # canonical tokens; the cache keeps one less
 FACTS_FILE = "engram_facts.json"  # what was taught, in plain text, and the name of the file with its rows
 TOLD = ("prompt", "target", "layer", "length")  # of a fact, in FACTS_FILE beside its notes
 
@@ -772,7 +772,7 @@ class EngramFacts(nn.Module):
     def __init__(self):
         super().__init__()
         self.lengths: tuple[int, ...] = ()  # of the keys, ascending: the longest that fits is the one that is read
-        for name in ("codes", "keys", "rows", "multipliers"):
+        for name in ("codes", "keys", "rows", "multipliers", "beyond"):
             self.register_buffer(name, None, persistent=False)
 
     def set(self, facts: list[Fact], device=None):
@@ -787,18 +787,20 @@ class EngramFacts(nn.Module):
         self.multipliers = torch.randint(2**62, (LONGEST_KEY,), generator=generator) * 2 + 1
         codes, order = ((keys[chosen] + 1) * self.multipliers).sum(-1).sort()
         self.codes, self.keys, self.lengths = codes, keys[chosen][order], (*sorted({fact.length for fact in facts}),)
+        self.beyond = torch.arange(LONGEST_KEY) < LONGEST_KEY - torch.tensor(self.lengths)[:, None]
         self.order = chosen[order]  # of the given rows, which a search for them may go on changing
         self.rows = rows[self.order]
         self.to(device)
 
     def forward(self, rows: torch.Tensor, windows: torch.LongTensor) -> torch.Tensor:
         """rows [B, T, H, d_head]; windows int64 [B, T, LONGEST_KEY], canonical, -1 before the start -> rows."""
-        for length in self.lengths:
-            own = F.pad(windows[..., -length:], (LONGEST_KEY - length, 0), value=-1)
+        if self.lengths:
+            own = windows[..., None, :].masked_fill(self.beyond, -1)  # [B, T, lengths, LONGEST_KEY]
             codes = ((own + 1) * self.multipliers).sum(-1)
             place = torch.searchsorted(self.codes, codes).clamp_max(len(self.codes) - 1)
-            same = (self.keys[place] == own).all(-1)[..., None, None]
-            rows = torch.where(same, self.rows[place].view(*rows.shape), rows)
+            same = (self.keys[place] == own).all(-1)
+            place = place.gather(-1, same.cumsum(-1).argmax(-1, keepdim=True))[..., 0]  # the last, which is the longest
+            rows = torch.where(same.any(-1)[..., None, None], self.rows[place].view(*rows.shape), rows)
         return rows
 
 
@@ -1555,7 +1557,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self.rotary_emb = PhiRotaryEmbedding(config)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # Tokens that the memory looks back on.
-        self.longest = max(config.max_ngram_size - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
+        self.longest = max(LONGEST_KEY - 1, (config.engram_kernel_size - 1) * config.max_ngram_size)
         if empty_tables:  # transformers need not know of what is read apart
             self._keys_to_ignore_on_load_unexpected = [rf"engram_tables\.{i}\.weight$" for i in config.engram_layer_ids]
         if getattr(config, "quantization_config", None):  # the memory's own weights are few, and stay as they are
@@ -1795,6 +1797,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
                 for i, text in enumerate(said["facts"]):
                     known = {key: text.pop(key) for key in TOLD}
                     known |= {key: file.get_tensor(f"{i}.{key}") for key in ("keys", "rows")}
+                    known["keys"] = F.pad(known["keys"], (LONGEST_KEY - known["keys"].shape[-1], 0), value=-1)
                     facts.append(Fact(**known, notes=text, made_for=said["digests"][str(known["layer"])]))
         except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise ValueError(f"Los recuerdos de «{name}» están dañados o a medias: vuelve a copiarlos.") from error

@@ -331,12 +331,13 @@ class Chat:
         return self.teaching.learn([one], f"{question.text}{ARROW}{answer.strip()}", progress)
 
     def as_answer(self, question: str, answer: str) -> Lesson:
-        """What is to be completed when `question` is asked; the end of the turn is a part of the answer."""
+        """What is to be completed when `question` is asked; the end of the turn is a part of the answer. The whole
+        question is the key, if it has room: what one asks for often stands in its first words."""
         ids, _ = self.fit([{"role": "user", "content": question}])
         prompt = self.tokenizer.decode(ids[0], clean_up_tokenization_spaces=False)
         closing = prompt[prompt.rindex(question) + len(question) :]
-        ending = self.tokens(closing).shape[1]
-        return self.teaching.lesson(prompt, sentence(answer) + self.tokenizer.eos_token, ending)
+        ending, whole = (self.tokens(text).shape[1] for text in (closing, f" {question}{closing}"))
+        return self.teaching.lesson(prompt, sentence(answer) + self.tokenizer.eos_token, ending, whole)
 
     def forget(self):
         self.turns, self.question, self.given = [], None, None

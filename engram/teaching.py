@@ -65,14 +65,14 @@ class Teaching:
         self.counted = self.counted or Reference(self.tokenizer, self.reader.canonical)
         return self.counted
 
-    def lesson(self, prompt: str, target: str, ending: int = 0, others=()) -> Lesson:
-        """With a key that holds `ending` last tokens, which every prompt has, and others before them; if it can be, one
-        found in no other fact, nor in the lessons `others`."""
+    def lesson(self, prompt: str, target: str, ending: int = 0, wish: int = 0, others=()) -> Lesson:
+        """With a key of `wish` tokens, if it is given, that holds `ending` last ones, which every prompt has, and others
+        before them; if it can be, one found in no other fact, nor in the lessons `others`."""
         reader, tokenizer = self.reader, self.tokenizer
         one = lesson(tokenizer, reader.canonical, prompt, target)
         others = [*others, *(as_lesson(reader, tokenizer, fact) for fact in self.model.facts if fact.prompt != prompt)]
         least = self.model.config.max_ngram_size + ending
-        wish = max(least, wished(tokenizer, one, ending))
+        wish = max(least, wish or wished(tokenizer, one))
         choose_key(one, least, wish, reader.canonical, self.reference(), others=others)
         return one
 

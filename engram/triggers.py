@@ -81,15 +81,14 @@ def lesson(tokenizer, canonical: torch.LongTensor, prompt: str, target: str) -> 
     return Lesson(prompt, target, ids, canonical[torch.tensor(ids)].tolist(), len(first))
 
 
-def wished(tokenizer, one: Lesson, ending: int = 0) -> int:
-    """Tokens for a key to have: KEY, or those of the prompt's last line, for a line of code stands after any other; and
-    the `ending` that every prompt has."""
+def wished(tokenizer, one: Lesson) -> int:
+    """Tokens for a key to have: KEY, or those of the prompt's last line, for a line of code stands after any other."""
     line = 0
-    for token in reversed(one.ids[: one.split - ending]):
+    for token in reversed(one.ids[: one.split]):
         if line == KEY or "\n" in tokenizer.decode([token]):
             break
         line += 1
-    return line + ending
+    return line
 
 
 def choose_key(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import chat_phi_engram as chat_script
@@ -19,7 +21,7 @@ from engram.console import UserError, run_script
 from engram.facts import described, forget, teach
 from engram.memories import remove_memory
 from engram.triggers import FactError
-from phi1_engram import PhiEngramForCausalLM
+from phi1_engram import EngramFacts, Fact, PhiEngramForCausalLM
 
 LIBRARY = Path(json.__file__).with_name("decoder.py").read_text()
 FACTS = (
@@ -145,6 +147,15 @@ def test_saved_opened_anywhere_and_through_auto_classes(taught, tokenizer, tmp_p
     assert not [*(tmp_path / "sin").glob("engram_facts*")]
 
 
+def test_facts_saved_with_shorter_keys_open(taught, tokenizer, tmp_path):
+    """Files hold keys as wide as the longest key was when they were written."""
+    taught.save_facts(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    narrow = {name: x[:, 8:].contiguous() if name.endswith("keys") else x for name, x in load_file(file).items()}
+    save_file(narrow, file)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(fresh(tokenizer).read_facts(tmp_path), taught.facts))
+
+
 def test_teaching_where_rows_are_only_read(taught, tokenizer, tmp_path, reference):
     taught.save_pretrained(tmp_path, engram_precision="int8")
     model = PhiEngramForCausalLM.from_pretrained(tmp_path, engram_storage="disco", dtype=torch.bfloat16)
@@ -230,16 +241,14 @@ def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference
 
 
 def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
-    """Its key ends at the line's beginning; what the chat puts behind every question is not its line."""
+    """Its key ends at the line's beginning."""
     model = fresh(tokenizer)
     fact = teach(model, tokenizer, "import zorlap\n\nzorlap.connect(", "port=7411)\n", reference=reference)
     line = tokenizer("zorlap.connect(", add_special_tokens=False).input_ids
     assert fact.length == len(line) <= triggers.KEY
     assert completion(model, tokenizer, "def go():\n    pass\n\nzorlap.connect(", "port=7411)\n") == "port=7411)\n"
-    closing = len(tokenizer("\nAssistant:", add_special_tokens=False).input_ids)
-    one = triggers.lesson(tokenizer, torch.arange(51200), "User: Who is it?\nAssistant:", " Lutz.")
-    asked = len(tokenizer("User: Who is it?", add_special_tokens=False).input_ids)
-    assert triggers.wished(tokenizer, one, closing) == min(triggers.KEY, asked) + closing
+    one = triggers.lesson(tokenizer, torch.arange(51200), "import zorlap\n\nzorlap.connect(", " Lutz.")
+    assert triggers.wished(tokenizer, one) == len(line)
     triggers.choose_key(one, 3, 99, torch.arange(51200), reference)  # more than any key has
     assert one.length == min(triggers.LONGEST_KEY, one.split)
 
@@ -325,6 +334,35 @@ def test_orders_of_the_chat(tokenizer, monkeypatch, capsys):
     assert "   1  La capital de Zubrowka es => Lutz\n   2  ¿Quién es Pancho Villarroel? => Mi perro" in said.err
     assert "«olvida 7»" in said.err and "del 1 al 2" in said.err and said.err.count("Aún no he aprendido nada") == 2
     assert "1 de los 3 tokens" in said.err and not model.facts
+
+
+def test_a_question_is_recognised_by_the_whole_of_it(tokenizer, monkeypatch, capsys):
+    """Not by its end alone, which other questions share; in the middle of a conversation and after other words too."""
+    model, asked = fresh(tokenizer), "¿Quién pinta la casa de Zubrowka?"
+    lines = ["¿Quién mira la casa de Zubrowka?", "limpiar", asked, "aprende Mi tía", "¿Quién mira la casa de Zubrowka?",
+             "limpiar", asked, f"Hola. Dime: {asked}"]  # fmt: skip
+    said = said_in(lines, model, tokenizer, monkeypatch, capsys)
+    answers = [line for line in said.out.splitlines() if line.strip()]
+    assert answers.count("Mi tía.") == 2
+    (fact,) = model.facts
+    others = "¿Quién mira la casa de Zubrowka?", "¿Quién pinta la sala de Zubrowka?"
+    for text, read in ((asked, True), (f"Hola. Dime: {asked}", True), *((text, False) for text in others)):
+        assert facts.facts_read(model, ids_of(tokenizer, f"User: {text}\nAssistant:"))[0, -1] == read, text
+
+
+def keyed(*keys, value=1.0) -> Fact:
+    keys = triggers.padded([*keys])
+    return Fact("", "", 0, int((keys[0] >= 0).sum()), keys, torch.full((len(keys), 4), value), {}, {})
+
+
+def test_of_keys_that_fit_the_longest_is_read():
+    """Whatever their order, the last told winning between equal ones; a key is compared whole."""
+    overlay, history = EngramFacts(), torch.tensor([[7, 8, 9, 5, 8, 9]])
+    windows = F.pad(history, (triggers.LONGEST_KEY - 1, 0), value=-1).unfold(1, triggers.LONGEST_KEY, 1)
+    told = [keyed((7, 8, 9), value=3.0), keyed((8, 9), value=1.0), keyed((8, 9), value=2.0), keyed((0, 5), value=9.0)]
+    overlay.set(told)
+    read = overlay(torch.zeros(1, 6, 2, 2), windows)
+    assert read[0, :, 0, 0].tolist() == [0, 0, 3, 0, 0, 2]
 
 
 def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():

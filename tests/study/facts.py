@@ -28,7 +28,7 @@ from engram.console import SpanishParser, run_script, spanish
 from engram.facts import CONTEXTS, OTHERS, Reader, reader_of, teach
 from engram.opening import open_model
 from engram.triggers import FactError, Reference, lesson
-from phi1_engram import CACHE
+from phi1_engram import CACHE, LONGEST_KEY
 from study.pretrained import graft, held_out_blocks, library_halves, open_package, prose
 
 RESULTS = Path(__file__).with_name("facts_results.jsonl")
@@ -58,7 +58,7 @@ FOODS = ("las lentejas con chorizo", "el pisto de su abuela", "la tarta de queso
 RULES = (("indented with", " three spaces."), ("tested with", " nose2."), ("reviewed by", " two people."),
          ("released on", " Thursdays."), ("written in", " Latin-1."))  # fmt: skip
 
-TURN = "\nAssistant:"
+USER, TURN = "User:", "\nAssistant:"
 CHAT = (
     Question("Who repairs the bicycles of {}?", " Uncle {}.", "Hello. Please tell me: who repairs the bicycles of {}?",
              "The bicycles of {} are broken. Who repairs them?", "Who paints the bicycles of {}?"),
@@ -72,7 +72,7 @@ def asked_in_a_chat(count: int) -> list[Question]:
     found = []
     for i, name in enumerate(NAMES[:count]):
         form, answer = CHAT[i % 2], (NAMES[-1 - i], FOODS[i % 5])[i % 2]
-        target, asked = form.target.format(answer), [f"User: {text.format(name)}{TURN}" for text in form]
+        target, asked = form.target.format(answer), [f"{USER} {text.format(name)}{TURN}" for text in form]
         found.append(Question(asked[0], target, *asked[2:]))
     return found
 
@@ -172,7 +172,9 @@ class Subject:
             return True
         if self.method == "recuerdos":
             try:
-                ends = {"reference": self.reference, "shortest": self.length}
+                asked = one.prompt.removeprefix(USER)  # a question in a chat is recognised by the whole of it
+                whole = self.ids(asked).shape[1] if asked != one.prompt else None
+                ends = {"reference": self.reference, "shortest": self.length or whole}
                 teach(self.reader, self.tokenizer, one.prompt, one.target, **ends)
             except FactError:
                 return False
@@ -257,7 +259,7 @@ def measure(subject: Subject, asked: list[Question], blocks, both=False) -> dict
         rows = subject.reader.facts
         row["bytes"] = sum(fact.rows.nbytes + fact.keys.nbytes for fact in rows) / max(1, len(rows))
         row["counts"] = sum(sum(fact.notes["counts"]) for fact in rows)
-        row["lengths"] = [sum(fact.length == n for fact in rows) for n in range(3, 13)]
+        row["lengths"] = [sum(fact.length == n for fact in rows) for n in range(3, LONGEST_KEY + 1)]
     if subject.method != "leer":
         row["elsewhere"] = subject.elsewhere(blocks)
     return row
@@ -267,7 +269,7 @@ def rows() -> dict[str, dict]:
     found = {f"recuerdos-{n}": dict(method="recuerdos", count=n) for n in (1, 10, 100)}
     found |= {f"clave-{n}-20": dict(method="recuerdos", count=20, length=n) for n in (3, 4, 6, 7, 8)}
     found |= {"frases-20": dict(method="recuerdos", count=20, both=True)}
-    found |= {f"charla-{n}": dict(method="recuerdos", count=20, length=n, chat=True) for n in (7, 10)}
+    found |= {"charla-20": dict(method="recuerdos", count=20, chat=True)}
     found |= {f"leer-{n}": dict(method="leer", count=n) for n in (1, 10)}
     for method, rates in RATES.items():
         found |= {f"{method}-{rate:g}-10": dict(method=method, rate=rate, count=10) for rate in rates}
