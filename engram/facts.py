@@ -267,8 +267,8 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
             where these are in common too, all are written once more, together.
         insist: take an n-gram however common it is.
         reference: count n-grams in the standard library (or in a `Reference` that is given), and refuse common ones.
-        shortest: canonical tokens that a key has at least where its prompt has as many; by default those of the
-            prompt's last line, KEY at most.
+        shortest: canonical tokens that a key has at least where its prompt has as many; by default KEY, and more where
+            they make fewer than WORDS words, within the prompt's last line.
         progress: called with the number of each step.
     Returns:
         the Fact; its `notes` say "alone" and "after" (whether it holds by itself, and after how many of how many other

@@ -66,7 +66,7 @@ class Teaching:
         return self.counted
 
     def lesson(self, prompt: str, target: str, ending: int = 0, wish: int = 0, others=()) -> Lesson:
-        """With a key of `wish` tokens, if it is given, that holds `ending` last ones, which every prompt has, and others
+        """With a key of `wish` tokens, if it is given, that has `ending` last ones, which every prompt has, and others
         before them; if it can be, one found in no other fact, nor in the lessons `others`."""
         reader, tokenizer = self.reader, self.tokenizer
         one = lesson(tokenizer, reader.canonical, prompt, target)

@@ -3,6 +3,7 @@
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,8 @@ OFTEN = 20  # times in the reference that make an n-gram a frequent one
 # The first merges of a byte-level BPE are the commonest pieces of its text, and canonical ids are given in that order.
 COMMON = 700, 8  # the first canonical tokens, at most an eighth of all
 REFERENCE_BYTES = 2_000_000
-KEY = 8  # canonical tokens that a fact is recognised by where nothing asks for more: by three, other sentences are
+# Canonical tokens, and words, that a fact is recognised by where nothing asks for more: by three, other sentences are.
+KEY, WORDS = 8, 5
 LONG = 8  # tokens in a row that, however common each of them is, hardly meet again
 
 
@@ -82,10 +84,13 @@ def lesson(tokenizer, canonical: torch.LongTensor, prompt: str, target: str) -> 
 
 
 def wished(tokenizer, one: Lesson) -> int:
-    """Tokens for a key to have: KEY, or those of the prompt's last line, for a line of code stands after any other."""
+    """Tokens for a key to have: KEY and as many as make WORDS whole words, for one strange name may fill KEY; but none
+    from before the prompt's last line, for a line of code stands after any other."""
     line = 0
     for token in reversed(one.ids[: one.split]):
-        if line == KEY or "\n" in tokenizer.decode([token]):
+        text = tokenizer.decode(one.ids[one.split - line : one.split])
+        whole = len(re.findall(r"(?<=\W)\w+", text))  # what opens the text may be a word's end
+        if (line >= KEY and whole >= WORDS) or "\n" in tokenizer.decode([token]):
             break
         line += 1
     return line

@@ -236,8 +236,19 @@ def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference
     lengths = [teach(model, tokenizer, *fact, reference=reference, shortest=3).length for fact in (one, two)]
     assert lengths[0] < lengths[1] and [completion(model, tokenizer, *fact) for fact in (one, two)] == [one[1], two[1]]
     model.set_facts([])
-    assert teach(model, tokenizer, *one, reference=reference).length == triggers.KEY
+    assert teach(model, tokenizer, *one, reference=reference).length >= triggers.KEY
+    for other in ("My neighbour Brandil", "In that film the robot Tavrosk"):
+        assert not facts.facts_read(model, ids_of(tokenizer, f"{other} now works as a")).any()
     assert completion(model, tokenizer, "My neighbour Brandil now works as a", one[1]) == plain
+
+
+@pytest.mark.parametrize("name", ["Bo", "Tavrosk", "Tavroskilandoravian"])
+def test_a_strange_name_leaves_room_for_the_words_before_it(tokenizer, name):
+    """A key has five whole words, into however many tokens a name may fall."""
+    one = triggers.lesson(tokenizer, torch.arange(51200), f"As we all know, my old neighbour {name} works as a", " b.")
+    length = triggers.wished(tokenizer, one)
+    assert length >= triggers.KEY
+    assert f"neighbour {name} works as a" in tokenizer.decode(one.ids[one.split - length : one.split])
 
 
 def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
