@@ -201,6 +201,11 @@ def less_memory(args, device: str) -> str:
 
 def writable_memory(model):
     """Rows of a memory that can be trained: float32, and not on disk."""
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"El Phi de «{model.name_or_path}» está cuantizado y así no se entrena: usa el de antes de cuantizar. (Su "
+            "memoria, entrenada con él, se abre después en este: --cambiar-memoria.)"
+        )
     if model.memory_place == "disco":
         raise UserError(
             f"{about_memory(model)} Para entrenarla tiene que poder escribirse: usa --memoria ram en una máquina "

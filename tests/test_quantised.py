@@ -12,6 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PhiForCausalLM, TorchAoConfig
 
 import helpers
+import train_phi_engram as train
 from engram import quantised
 from engram.checks import verify
 from engram.console import UserError
@@ -272,3 +273,10 @@ def test_widths_that_fit_no_group_are_refused():
     with pytest.raises(UserError, match=r"\[48, 100\] no son múltiplos de 32. Usa int8"):
         quantised.on_a_cpu("int4", dict(hidden_size=48, intermediate_size=100))
     assert math.gcd(2048, 8192) % quantised.on_a_cpu("int4", PLAIN)["quantization_config"].quant_type.group_size == 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+def test_a_quantised_phi_is_not_trained_and_says_what_is(folder):
+    model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
+    with pytest.raises(UserError, match="está cuantizado y así no se entrena.*--cambiar-memoria"):
+        train.writable_memory(model)
