@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,9 @@ def study_rows(done: dict) -> dict[str, dict]:
         for ratio in (0.3, 1, 3):
             of_row = dict(memory, rows=memory["rows"] * ratio, row_state="fila")
             rows[f"fila-x{ratio:g}"] = dict(parte=1, memory=of_row)
+        for ratio in (6, 20):  # of which 0.18: about a step of Adam's, and three times it
+            of_row = dict(memory, rows=memory["rows"] * ratio, row_state="sinkhorn")
+            rows[f"v41-x{ratio}"] = dict(parte=1, memory=of_row, control="sin-conv")
         for control in ("ruido", "una-fila"):
             rows[control] = dict(parte=3, memory=memory, control=control)
         if lora:
@@ -234,6 +238,23 @@ def completed(hits, names, known: set[str]) -> dict[str, list[int]]:
 
 # ---------- What is trained ----------
 
+@torch.no_grad()
+def sinkhorn_step(part, row_ids, grad, rate, betas, eps, number):
+    """A step of TrainedTable as DeepSeek-V4.1-Flash trains its tables (arXiv 2609.19969): Nesterov momentum of 0.95,
+    rows with almost no gradient skipped, the update brought to unit rows and equal columns in eleven turns, times the
+    root of its width, 0.18 of the rate."""
+    seen = grad.norm(dim=-1) > 1e-12
+    row_ids, grad = row_ids[seen], grad[seen]
+    momentum = part.first[row_ids].mul_(0.95).add_(grad)
+    part.first[row_ids] = momentum
+    update = grad + 0.95 * momentum
+    for turn in range(11):
+        along = turn % 2 - 1  # -1: rows; 0: columns
+        size = 1.0 if along else (len(update) / update.shape[1]) ** 0.5
+        update = update * (size / update.norm(dim=along, keepdim=True).clamp_min(eps))
+    part.weight.index_add_(0, row_ids, update * (-0.18 * rate * update.shape[1] ** 0.5))
+
+
 class Mlp(nn.Module):
     """Control: as many parameters as the memory uses for a token, in its place, and nothing looked up."""
 
@@ -315,7 +336,11 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
                 layer.conv.requires_grad_(False)
         if engram:
             engram.one_row = control == "una-fila"
-        tables = TrainedTables(engram.trainable, rates.get("row_state", "adam")) if engram else None
+        sinkhorn = rates.get("row_state") == "sinkhorn"
+        row_state = "adam" if sinkhorn else rates.get("row_state", "adam")
+        tables = TrainedTables(engram.trainable, row_state) if engram else None
+        for part in tables.parts.values() if sinkhorn else ():
+            part._update = partial(sinkhorn_step, part)
         backbone = everything or (lora or {}).get("rate", 0.0)
         optimizer = make_optimizer(
             model, backbone, mlp or rates.get("dense", 0.0), 0.0 if control == "ruido" else rates.get("rows", 0.0), 0.0,
