@@ -344,8 +344,10 @@ class EngramHash(nn.Module):
         """
         canonical = self.token_map[(history - 1).clamp_min(0)].where(history > 0, -1)
         windows = canonical.unfold(1, length, 1)  # oldest first
+        if reach is None:
+            return windows
         back = torch.arange(length - 1, -1, -1, device=windows.device)
-        return windows if reach is None else windows.where(back <= reach[..., None], -1)
+        return windows.where(back <= reach[..., None], -1)
 
     def forward(self, windows: torch.LongTensor) -> torch.LongTensor:
         """Hash the last N tokens of `windows` [B, T, N or more].
@@ -819,7 +821,7 @@ def with_history(x: torch.Tensor, length: int, cache: Cache | None, layer_idx: i
         # At least one is kept, whatever its use: a cache layer with an empty state cannot be cut back.
         x = cache.update_conv_state(x, layer_idx, state_idx=state_idx, conv_kernel_size=max(length, 1))
         x = x[..., -total:]  # it returns more than was asked while it records, and less after a short first chunk
-    return F.pad(x, (total - x.shape[-1], 0))
+    return x if x.shape[-1] == total else F.pad(x, (total - x.shape[-1], 0))
 
 
 class EngramRMSNorm(nn.RMSNorm):
@@ -1576,7 +1578,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         if real is not None:
             stored = stored.masked_fill(~real, 0)
         kept = max(self.config.max_ngram_size, LONGEST_KEY) - 1
-        history = F.pad(stored, (kept, 0))
+        history = with_history(stored, kept, None, 0, 0)
         # Every Engram layer keeps the ids: a cache layer with an unused state cannot be cut back.
         for layer_id in self._reading():
             # Kept where the layer computes (its weights are on "meta" while accelerate has them offloaded): beam search
