@@ -5,6 +5,7 @@
     python tests/bench/speed.py --tamanos      # decoding with tables of 2.6e5, 2.6e6 and 2.6e7 slots
     python tests/bench/speed.py --phi1         # Phi-1's own shape, as "auto" opens it: 12 GB of RAM, ten minutes
     python tests/bench/speed.py --gigante      # a table larger than most RAM, opened and read cold: 36 GB of disk
+    python tests/bench/speed.py --frias        # 8 GB of rows that no pass finds in the disk's cache
     python tests/bench/speed.py --json medidas.json
 
 Each repetition measures plain Phi and every variant, one after the other, so that what else the machine does falls on
@@ -374,12 +375,40 @@ def giant(results, work, quick):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     models = {"Phi de transformers": lambda: plain, **giant}
-    for name, measure, arguments in (
-        ("prefill 1×512", prefill, (1, 512)), ("decodificar, lote 1", decode, (1,)),
-    ):  # fmt: skip
-        results["giant"][name] = compare(measure, models, 9, *arguments)
-    cold = {name: rows for name, rows in results["giant"].items() if name != "abrir"}
-    table("2,6e8 filas por capa, int8, en disco y frías", cold)
+    measured = prefill_and_decode(models)
+    results["giant"] |= measured
+    table("2,6e8 filas por capa, int8, en disco y frías", measured)
+
+
+def prefill_and_decode(models: dict) -> dict:
+    wanted = ("prefill 1×512", prefill, (1, 512)), ("decodificar, lote 1", decode, (1,))
+    return {name: compare(measure, models, 9, *arguments) for name, measure, arguments in wanted}
+
+
+def cold(results, work, quick):
+    """6e7 slots, int8: 4.1 GB per layer, dropped from the disk's cache before each pass."""
+    plain, ours = pair(SMALL, [1, 4])
+    rows = 60_000_000 // 16
+    print("Escribiendo 8 GB …", flush=True)
+    write_tables(ours, work / "cold", rows, torch.int8)
+    files = [*(work / "cold").glob("model-engram-*")]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not written yet cannot be dropped
+
+    def dropped(variant):
+        def model():
+            for path in files:
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return variant()
+
+        return model
+
+    ahead, later = (Variant(ours, work / "cold", rows, "disco", prefetch) for prefetch in (True, False))
+    models = {"Phi de transformers": lambda: plain, "adelantando la lectura": dropped(ahead)}
+    results["cold"] = prefill_and_decode({**models, "sin adelantar la lectura": dropped(later)})
+    table("6e7 filas por capa (8 GB), int8, en disco y frías en cada pasada", results["cold"])
 
 
 def main(argv=None):
@@ -391,6 +420,7 @@ def main(argv=None):
     parser.add_argument("--tamanos", "--tamaños", action="store_true", help="decodificar con tablas de tres tamaños")
     parser.add_argument("--phi1", action="store_true", help="la forma de Phi-1 en vez de 512 × 8: unos 12 GB de RAM")
     parser.add_argument("--gigante", action="store_true", help="una tabla de 35 GB en disco, leída en frío")
+    parser.add_argument("--frias", "--frías", action="store_true", help="8 GB de filas que ninguna pasada halla leídas")
     parser.add_argument("--carpeta", help="dónde escribir las tablas (por defecto, la temporal del sistema)")
     parser.add_argument("--json", metavar="ARCHIVO", help="guardar también las medidas")
     options = parser.parse_args(argv)
@@ -400,7 +430,8 @@ def main(argv=None):
     print(f"{machine}; float32.", flush=True)
     results = {"machine": machine}
     with tempfile.TemporaryDirectory(dir=options.carpeta) as work:
-        run = phi_1 if options.phi1 else giant if options.gigante else by_slots if options.tamanos else small
+        chosen = {phi_1: options.phi1, giant: options.gigante, by_slots: options.tamanos, cold: options.frias}
+        run = next((run for run, wanted in chosen.items() if wanted), small)
         run(results, Path(work), options.rapido)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
