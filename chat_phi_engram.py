@@ -370,7 +370,8 @@ def main(argv=None) -> int:
         )
     transformers_logging.set_verbosity_error()
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+        marked = sys.stdin.encoding.lower() == "utf-8" and not sys.stdin.isatty()  # Windows begins a file with a mark
+        sys.stdin.reconfigure(encoding="utf-8-sig" if marked else None, errors="replace")
 
     if options.pagina is not None:
         check_place(options.compartir)

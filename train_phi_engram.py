@@ -9,7 +9,6 @@ Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at
 are row-sparse: a step touches the rows that its batch reads.
 """
 
-import codecs
 import difflib
 import importlib.util
 import math
@@ -158,8 +157,8 @@ def parse(argv):
         check_tracker(args.registro)
     if args.codificacion:
         try:
-            codecs.lookup(args.codificacion)
-        except LookupError:
+            b" ".decode(args.codificacion, "replace")
+        except LookupError:  # or one that is no text's, "hex" say
             unknown = f"--codificacion {args.codificacion}: no existe. La de los textos antiguos en español es latin-1."
             raise UserError(unknown) from None
     if args.datos and args.dataset:

@@ -7,6 +7,7 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import csv
+import io
 import json
 import time
 from pathlib import Path
@@ -120,7 +121,7 @@ def read_lines(path: Path) -> list[tuple[int, str, str]]:
         raise UserError(f"«{path}» no está en UTF-8. Guárdalo de nuevo eligiendo UTF-8 como codificación.") from error
     found, separator = [], kinds[path.suffix.lower()]
     if separator is None:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     entry = json.loads(line)
@@ -129,7 +130,7 @@ def read_lines(path: Path) -> list[tuple[int, str, str]]:
                 entry = entry if isinstance(entry, dict) else {}
                 found.append((number, *(str(entry.get(key) or "") for key in ("prompt", "target"))))
         return found
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     if not {"prompt", "target"} <= {*(rows.fieldnames or ())}:
         raise UserError(f"«{path}»: la primera línea tiene que ser la cabecera, «prompt{separator}target».")
     return [(rows.line_num, row["prompt"] or "", row["target"] or "") for row in rows]

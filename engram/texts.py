@@ -121,8 +121,9 @@ def encoding_of(file, suffix: str) -> str:
         return "utf-8"
     try:
         encoding, _ = tokenize.detect_encoding(file.readline)
+        b" ".decode(encoding, "replace")
         return encoding
-    except SyntaxError:
+    except (SyntaxError, LookupError):  # none of that name, or one that is no text's ("rot13")
         return "utf-8"  # which then says what is wrong
     finally:
         file.seek(0)
@@ -161,9 +162,9 @@ def documents(files: list[Path], skipped: Skipped, fallback: str | None = None):
             suffix = path.suffix.lower()
             with open(path, "rb") as file:
                 if suffix == ".jsonl":
-                    yield from _rows(file, path, skipped)
+                    yield from _rows(file, path, skipped, fallback)
                 elif suffix in (".json", ".ipynb"):
-                    yield from _whole_json(file, path, status.st_size, skipped)
+                    yield from _whole_json(file, path, status.st_size, skipped, fallback)
                 else:
                     yield from _plain(file, suffix, status.st_size, fallback)
         except (OSError, ValueError) as error:
@@ -195,13 +196,19 @@ def _check(pieces):
         raise ValueError("vacío")
 
 
-def _whole_json(file, path, size: int, skipped: Skipped):
+def _whole_json(file, path, size: int, skipped: Skipped, fallback: str | None):
     """A notebook's cells as one text, without their outputs; a JSON file's text, or each of a list of them."""
     if size > LARGEST_JSON:
         raise ValueError(f"de más de {LARGEST_JSON >> 20} MB: guárdalo como .jsonl")
     notebook = path.suffix.lower() == ".ipynb"
+    raw = file.read()
     try:
-        data = json.loads(file.read())  # bytes: UTF-8 or UTF-16, with or without a mark
+        try:
+            data = json.loads(raw)  # bytes: UTF-8 or UTF-16, with or without a mark
+        except UnicodeDecodeError:
+            data = json.loads(_in_fallback(raw, fallback))
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError):
         raise ValueError("no es un cuaderno" if notebook else "no es JSON") from None
     if notebook:
@@ -233,20 +240,35 @@ def text_field(row) -> str | None:
     return next((row[key] for key in ("text", "content", "code") if isinstance(row.get(key), str)), None)
 
 
-def _rows(file, path, skipped):
-    number = 0
-    while line := file.readline(LONGEST_LINE):
+def _in_fallback(raw: bytes, fallback: str | None) -> str:
+    """What is not UTF-8, in the encoding that the user names. Raises UnicodeDecodeError where none is named."""
+    return raw.decode(fallback or "utf-8")
+
+
+def _rows(file, path, skipped, fallback: str | None):
+    number, read = 0, file.readline
+    if encoding_of(file, "") == "utf-16":
+        wide = io.TextIOWrapper(file, "utf-16", newline="\n")
+
+        def read(size):
+            return wide.readline(size).encode("utf-8", "surrogatepass")
+
+    while line := read(LONGEST_LINE):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+        if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
-                line = file.readline(LONGEST_LINE)
+                line = read(LONGEST_LINE)
             skipped.add(f"{path}:{number}", f"línea de más de {LONGEST_LINE >> 20} MB")
             continue
         try:
-            text = text_field(json.loads(line.decode("utf-8-sig"))) if line.strip() else None
+            try:
+                row = line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                row = _in_fallback(line, fallback)
+            text = text_field(json.loads(row)) if row.strip() else None
             reason = "sin un campo de texto 'text', 'content' o 'code'" if text is None else "vacío"
         except (ValueError, AttributeError, RecursionError) as error:
-            text, reason = None, "no es UTF-8" if isinstance(error, UnicodeDecodeError) else "no es un objeto JSON"
+            text, reason = None, _reason(error) if isinstance(error, UnicodeDecodeError) else "no es un objeto JSON"
         if text and text.strip():
             yield from _split(text)
         elif line.strip():

@@ -9,6 +9,8 @@ text has read.
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+from pathlib import Path
+
 from torch import nn
 
 from engram.optimizers import EngramOptimizer
@@ -25,7 +27,8 @@ class SparseRows:
     Where the rows do not require a gradient (beside LoRA, say) they stay as they are.
 
     Raises (from `train`):
-        ValueError: rows that are not float32, that another package wraps, or a model that is divided between cards.
+        ValueError: rows that are not float32, that another package wraps, or a model that is divided between cards; a
+            checkpoint of which a Trainer would not read the rows.
     """
 
     row_rate: float | None = None
@@ -37,6 +40,14 @@ class SparseRows:
         finally:
             if self._rows is not None:
                 self._rows.release()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_whole(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        check_whole(self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if "engram" not in name]
@@ -94,6 +105,16 @@ class SparseRows:
 
     def _inner_optimizer(self):
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+
+def check_whole(folder):
+    """Raise ValueError where a lone model.safetensors has no rows: a Trainer takes it for the whole model."""
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists() and next(folder.glob("model*-engram-*.safetensors"), None):
+        raise ValueError(
+            f"«{folder}» es de una versión anterior, y Trainer leería sus pesos sin las filas de la memoria. Guárdalo "
+            f'antes como ahora: PhiEngramForCausalLM.from_pretrained("{folder}").save_pretrained("{folder}")'
+        )
 
 
 class SeenTables(TrainedTables):

@@ -512,7 +512,7 @@ def test_pasted_code_with_blank_lines_is_one_question(folder):
 
 
 def test_questions_from_a_pipe(model, tokenizer, folder):
-    done = command("--modelo", str(folder), input="charla\nhola\nlimpiar\nhola\n")
+    done = command("--modelo", str(folder), input="\ufeffcharla\nhola\nlimpiar\nhola\n")
     answer = greedy(model, tokenizer, "User: hola\nAssistant:", 10).strip()
     assert (done.returncode, done.stdout) == (0, f"{answer}\n{answer}\n"), done.stderr
 

@@ -64,7 +64,8 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
         "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:8": "vacío",
         "tres.jsonl:5": "no es un objeto JSON",
         "tres.jsonl:4": "sin un campo de texto 'text', 'content' o 'code'",
-        "tres.jsonl:7": "no es un objeto JSON", "tres.jsonl:9": "no es UTF-8", "tres.jsonl:10": "no es un objeto JSON",
+        "tres.jsonl:7": "no es un objeto JSON", "tres.jsonl:10": "no es un objeto JSON",
+        "tres.jsonl:9": "no es UTF-8; si es antiguo, prueba --codificacion latin-1",
     }  # fmt: skip
     assert set(corpus.skipped.examples) == {f"{folder / name} ({reason})" for name, reason in named.items()}
     assert len(corpus.skipped) == len(named) and corpus.skipped.reasons["vacío"] == 3
@@ -269,13 +270,27 @@ def test_byte_order_marks_are_no_text(tmp_path, encoding):
 def test_encodings_that_a_file_or_the_user_names(tmp_path):
     old = "# -*- coding: latin-1 -*-\nniño = 1\n"
     assert read(tmp_path / "a.py", old.encode("latin-1")) == ([old], [])
-    unknown, reasons = read(tmp_path / "b.py", b"# coding: klingon\nx = 'a\xf1o'\n")
-    assert unknown == [] and reasons[0].startswith("no es UTF-8")
+    for name in ("klingon", "rot13"):  # the latter is known, and no text's
+        unknown, reasons = read(tmp_path / "b.py", f"# coding: {name}\nx = 'año'\n".encode("latin-1"))
+        assert unknown == [] and reasons[0].startswith("no es UTF-8")
     letter = "El señor y el año\n" * 3
     assert read(tmp_path / "c.txt", letter.encode("latin-1"))[0] == []
     assert read(tmp_path / "c.txt", letter.encode("latin-1"), "latin-1") == ([letter], [])
     assert read(tmp_path / "d.txt", letter.encode(), "latin-1") == ([letter], [])  # this one is UTF-8, and says so
     assert read(tmp_path / "E.TXT", letter.encode()) == ([letter], [])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ipynb"])
+def test_json_in_old_encodings(tmp_path, suffix):
+    text = "El señor\u2028y el año\n"
+    whole = {"cells": [{"cell_type": "code", "source": text}]} if suffix == ".ipynb" else {"text": text}
+    raw = json.dumps(whole, ensure_ascii=False)
+    for encoding in ("utf-16", "utf-8-sig"):
+        assert read(tmp_path / f"a{suffix}", raw.encode(encoding)) == ([text], [])
+    raw = raw.replace("\u2028", " ").encode("latin-1")
+    hint = "no es UTF-8; si es antiguo, prueba --codificacion latin-1"
+    assert read(tmp_path / f"b{suffix}", raw) == ([], [hint])
+    assert read(tmp_path / f"b{suffix}", raw, "latin-1") == ([text.replace("\u2028", " ")], [])
 
 
 def test_notebooks_give_their_cells_and_json_its_texts(tmp_path):

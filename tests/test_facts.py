@@ -442,6 +442,8 @@ def test_tables_of_facts(tmp_path, separator, suffix):
         teaching.read_lines(tmp_path / "nada.csv")
     with pytest.raises(UserError, match=".jsonl, .csv y .tsv"):
         teaching.read_lines(tmp_path / "nada.txt")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "uno\u2028dos", "target": " tres"}\n\n', encoding="utf-8")
+    assert teaching.read_lines(tmp_path / "a.jsonl") == [(1, "uno\u2028dos", " tres")]  # whose lines end in \n alone
 
 
 def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):

@@ -338,6 +338,8 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, mo
         (["--tasas", "nan"], "--tasas nan"),
         (["--tasas", "0,x"], "«0,x» no es un número"),
         (["--semilla", "-1"], "--semilla -1"),
+        (["--codificacion", "latin1x"], "--codificacion latin1x: no existe"),
+        (["--codificacion", "hex"], "--codificacion hex: no existe"),
         (["--pasos-fase1", "0", "--pasos-fase2", "0"], "no hay nada que entrenar"),
         (["--memoria", "disco"], "--memoria ram"),
         (["--demo", "--plan"], "--demo va sola"),

@@ -1,5 +1,6 @@
 """transformers' Trainer with `SparseRows`: against its own dense AdamW, interrupted, divided, and refused."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -109,6 +110,25 @@ def test_the_best_model_comes_back_with_its_rows(make_model, tmp_path):
     assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_checkpoint_of_before_is_refused_until_it_is_saved_as_now(make_model, tmp_path):
+    """Dense weights in a lone model.safetensors, and no index that names the rows beside it."""
+    whole, other = make_model(), make_model(seed=4)
+    make_trainer(whole, tmp_path / "whole", 4, save_strategy="steps", save_steps=2).train()
+    old = tmp_path / "whole" / "checkpoint-2"
+    (old / "model.safetensors.index.json").unlink()
+    (old / helpers.DENSE_FILE).rename(old / "model.safetensors")
+    before, trainer = copied(other), make_trainer(other, tmp_path / "rest", 4)
+    with pytest.raises(ValueError, match="sin las filas de la memoria") as error:
+        trainer.train(resume_from_checkpoint=old)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in before.items())
+    trainer.state.best_model_checkpoint = str(old)
+    with pytest.raises(ValueError, match="sin las filas de la memoria"):
+        trainer._load_best_model()
+    exec(str(error.value).partition("como ahora: ")[2])
+    trainer.train(resume_from_checkpoint=old)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
 def test_frozen_rows_stay(make_model, tmp_path):
     model = make_model()
     before = copied(model)
@@ -171,14 +191,19 @@ def test_the_guide_s_lines_train(make_model, tokenizer, tmp_path):
     model = make_model(vocab_size=51200, tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "phi1-engram-demo")
     tokenizer.save_pretrained(tmp_path / "phi1-engram-demo")
-    code = next(text for text in GUIDE.split("```python trainer\n")[1:]).partition("```")[0]
-    (tmp_path / "guia.py").write_text(code)
+    kinds = ["trainer", "trl"] if importlib.util.find_spec("trl") else ["trainer"]
+    code = [next(iter(GUIDE.split(f"```python {kind}\n")[1:])).partition("```")[0] for kind in kinds]
+    (tmp_path / "guia.py").write_text("\n".join(code))
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "guia.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
         encoding="utf-8", timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    trained = PhiEngramForCausalLM.from_pretrained(tmp_path / "entrenado")
-    changed = (trained.model.engram_tables["1"].weight != model.model.engram_tables["1"].weight).any(-1)
-    assert 0 < changed.sum() < len(changed)
+    for folder in ("entrenado", "ajustado")[: len(kinds)]:
+        trained = PhiEngramForCausalLM.from_pretrained(tmp_path / folder)
+        changed = (trained.model.engram_tables["1"].weight != model.model.engram_tables["1"].weight).any(-1)
+        assert 0 < changed.sum() < len(changed)
+        model = trained
+    if "trl" not in kinds:
+        pytest.skip("trl is not installed: its lines did not run")
