@@ -25,10 +25,11 @@ from phi1_engram import Fact
 TEMPERATURE = 0.2  # Phi-1's answers are code: nearly the likeliest token, without the loops of always taking it
 TOY_TEMPERATURE = 0.6  # a small model goes round in circles at less
 COPIES, CYCLE = 4, 4  # an answer ends at so many copies of the same lines, one after the other, of so many at most
+RUN = 40  # or at COPIES times so many characters in which the same text, of so many at most, goes on and on
 # Where the model stops answering and begins to play the user, or opens another turn of its own.
 OTHER_TURN = re.compile(r"(?:\A|\n)\s*User:|\n\s*Assistant:")
 LOOPED = (
-    "(Repetía las mismas líneas y la he cortado. Prueba otro principio, «temperatura 0,8», o «siguiente TEXTO», que no "
+    "(Repetía lo mismo y la he cortado. Prueba otro principio, «temperatura 0,8», o «siguiente TEXTO», que no "
     "puede dar vueltas.)"
 )
 _asked = []  # a signal for each Ctrl-C since the last `interruptible` began
@@ -58,11 +59,12 @@ def interruptible():
 
 
 def repeats(text: str) -> bool:
-    """Whether the whole lines of a text end in COPIES copies of the last line, or of the last few."""
-    lines = text.split("\n")[:-1]
+    """Whether the whole lines of a text end in COPIES copies of the last line, or of the last few; or its last
+    characters, within a line too, in one short text over and over: «0, 0, 0, …»."""
+    lines, tail = text.split("\n")[:-1], text[-COPIES * RUN :]
     return any(
         len(lines) >= COPIES * n and lines[-n:] * COPIES == lines[-COPIES * n :] for n in range(1, CYCLE + 1)
-    )
+    ) or (len(tail) == COPIES * RUN and any(tail[n:] == tail[:-n] for n in range(1, RUN + 1)))
 
 
 def begun(text: str, stops) -> int:

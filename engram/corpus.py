@@ -120,11 +120,12 @@ def prepare_corpus(
         there, need = sum(meta["tokens"]), HELD_OUT_SHARE * length
         size = max(1, need * sum(meta["bytes"]) / there / 1000)
         shorter = f" o baja --longitud a {there // HELD_OUT_SHARE} o menos" if there >= 2 * HELD_OUT_SHARE else ""
-        limit = " o sube --max-tokens" if max_tokens and there >= max_tokens else ""
+        # Where --max-tokens ended the reading, more text would not be read.
+        more = f"Sube --max-tokens a {need}" if max_tokens and there >= max_tokens else "Añade texto"
         raise UserError(
             f"El corpus es demasiado pequeño: hay {counted(there, 'token')} y con bloques de {spanish(length)} hacen "
             f"falta unos {spanish(need)} ({spanish(size)} kB de texto como este), porque uno de cada {HELD_OUT_SHARE} "
-            f"se aparta para medir. Añade texto{limit}{shorter}."
+            f"se aparta para medir. {more}{shorter}."
         )
     skipped = Skipped(Counter(meta["skipped"]["reasons"]), meta["skipped"]["examples"])
     return Corpus(name, train, held_out, bytes_per_token, meta["documents"], skipped, meta["digest"])

@@ -57,8 +57,8 @@ def advice(model) -> str:
         )
         return (
             f"⚠️  Es un modelo de juguete: {size} millones de parámetros de Phi, y Phi-1 tiene 1.400. Solo "
-            "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Empieza en "
-            f"modo código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
+            "imita la forma del código\n   que ha visto: no conversa, y lo que escribe no hay que creerlo. Si no pides "
+            f"otra cosa, empieza en modo\n   código, a temperatura {spanish(TOY_TEMPERATURE, 1)}.\n"
             f"   Prueba: {example}"
         )
     who = "Phi-1" if model.config.tokenizer_name_or_path == PHI_1 else "este Phi"
@@ -100,7 +100,7 @@ def meant(text: str) -> str | None:
     if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
         return None
     plain = unaccented(word).casefold()
-    for name, words in (*ORDERS.items(), ("aprende", ANY if ARROW in rest else -1)):
+    for name, words in (*ORDERS.items(), *dict.fromkeys(ALIASES, 0).items(), ("aprende", ANY if ARROW in rest else -1)):
         takes = VALUES.get(name)
         if one_letter_away(plain, name) and len(rest.split()) <= words:
             if takes is None or re.fullmatch(takes, unaccented(rest).casefold().strip()):

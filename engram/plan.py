@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from engram.console import UserError, spanish
+from engram.console import UserError, short, spanish
 from engram.counting import Choice, Machine, account, shapes, traced
 from engram.opening import MADE_BY, find_model, read_config
 from engram.steps import steps_of_phases
@@ -306,12 +306,16 @@ def duration(hours: dict[int, float], choice, machine) -> str:
     parts = {phase: tokens[phase] * hours[phase] / 1e6 for phase in hours}
 
     def said(time):
-        return f"{spanish(time, 1)} h" if time >= 1 else f"{max(1, round(60 * time))} min"
+        if time < 1:
+            return f"{round(60 * time)} min" if round(60 * time) else "menos de 1 min"
+        return f"{spanish(time, 1)} h"
 
-    each = "; ".join(f"fase {phase}, {said(parts[phase])}" for phase in parts) if len(parts) > 1 else ""
+    total = said(sum(parts.values()))
+    about = "" if total.startswith("menos") else "alrededor de "
+    each = "; ".join(f"fase {phase}, {said(parts[phase])}" for phase in parts) if about and len(parts) > 1 else ""
     guess = "" if None not in choice.asked else f", si el texto tiene {spanish(TOKEN_BYTES, 1)} bytes por token"
     return (
-        f"Este entrenamiento: alrededor de {said(sum(parts.values()))}{f' ({each})' if each else ''}.\n"
+        f"Este entrenamiento: {about}{total}{f' ({each})' if each else ''}.\n"
         f"  Son {spanish(sum(tokens.values()) / 1e6, 2)} millones de tokens{guess}."
     )
 
@@ -356,8 +360,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     ]
     for phase, (computing, moving) in hours.items():
         also = f", {spanish(moving, 2)} de ellas en lo que se mandan las tarjetas" if moving > 0.005 else ""
-        lines.append(f"Fase {phase}: {spanish(computing + moving, 2)} horas por millón de tokens{also}.")
-    speed = f"{spanish(machine.flops / 1e12, 2)} TFLOP/s"
+        lines.append(f"Fase {phase}: {short(float(f'{computing + moving:.2g}'))} horas por millón de tokens{also}.")
+    speed = f"{short(float(f'{machine.flops / 1e12:.2g}'))} TFLOP/s"  # a busy CPU has thousandths of one
     if machine.measured:
         lines.append(f"Horas con {speed}: lo que da de sí un producto de matrices medido ahora.")
     else:

@@ -146,7 +146,7 @@ def run_steps(
         if in_a_row == PATIENCE:
             raise UserError(
                 f"{PATIENCE} pasos seguidos con gradientes que no son números: el entrenamiento ha divergido. El "
-                "último punto de control sigue entero. Empieza de nuevo con otra --salida y --tasas 0.3 (un tercio), o "
+                "último punto de control sigue entero. Empieza de nuevo con otra --salida y --tasas 0,3 (un tercio), o "
                 "mira antes si el modelo de partida está sano: python verify_phi_engram.py --modelo CARPETA"
             )
         loss = accelerator.reduce(loss, "mean").item()

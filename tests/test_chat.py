@@ -23,7 +23,7 @@ import chat_phi_engram as chat_script
 from chat_phi_engram import Chat, run_chat
 from engram.checks import tokenizer_on_the_spot
 from engram.console import run_script
-from engram.conversation import suited
+from engram.conversation import repeats, suited
 from engram.drawing import bars, shaded, side_by_side
 from engram.graft import CHAT_TEMPLATE
 from engram.opening import is_toy
@@ -281,6 +281,7 @@ def test_a_piped_block_of_code_is_one_question(piped, says):
         ("comprar", "comparar"), ("aprend a => b", "aprende a => b"), ("olvid todo", "olvida todo"),
         ("ayuda", None), ("memoria del programa", None), ("memorias del programa", None), ("salid ya", None),
         ("compara = 3", None), ("¿comparar dos listas?", None),
+        ("exitt", "exit"), ("quti", "quit"), ("hepl", "help"), ("exist nothing", None),
         ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
     ],
 )  # fmt: skip
@@ -349,7 +350,19 @@ def test_an_answer_that_repeats_itself_is_cut(piped, says, text, shown):
     says(text)
     out, err = piped("def f():", code=True, max_tokens=60)
     assert out.rstrip("\n") == (text if shown is None else shown).rstrip("\n")
-    assert ("Repetía las mismas líneas" in err) == (shown is not None)
+    assert ("Repetía lo mismo" in err) == (shown is not None)
+
+
+@pytest.mark.parametrize(
+    "unit, most", [("#", 2), ("0, ", 4), ("    ", 6), ("x" * 39 + ",", 41), ("a\nb\nc\nd\ne\n", 12)]
+)
+def test_a_text_that_goes_round_within_a_line_repeats(unit, most):
+    """At 160 characters of it, four times the longest text looked for, and not before."""
+    text = "x = [1]\n" + unit * 200
+    first = next(n for n in range(len(text)) if repeats(text[:n]))
+    assert 160 <= first <= 168 + most
+    assert not any(repeats(("x = " + "#" * 79 + "\n")[:n]) for n in range(85))  # a ruler is code
+    assert not repeats(", ".join(map(str, range(100)))) and not repeats(("x" * 40 + ",") * 20)
 
 
 def test_the_likeliest_next_tokens(model, tokenizer, piped):

@@ -382,5 +382,5 @@ def test_a_corpus_that_is_too_small_says_how_much_is_needed(tmp_path, tokenizer)
     assert f"hay {there} tokens y con bloques de 64 hacen falta unos 1.280 ({size} kB" in str(told.value)
     assert f"baja --longitud a {there // 20} o menos" in str(told.value) and "--max-tokens" not in str(told.value)
     corpora.prepare_corpus(tokenizer, tmp_path, length=there // 20 - 1)
-    with pytest.raises(UserError, match="o sube --max-tokens"):
+    with pytest.raises(UserError, match=r"medir\. Sube --max-tokens a 1280 o baja --longitud a 5 o menos\."):
         corpora.prepare_corpus(tokenizer, tmp_path, length=64, max_tokens=100)

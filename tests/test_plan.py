@@ -255,3 +255,15 @@ def test_what_is_printed_first_is_the_verdict(tmp_path):
     assert "Son 0,08 millones de tokens." in exact and "bytes por token" not in exact
     unknown = plan(*from_args(train_script.parse(["--plan", "t4", "--dataset", "ana/codigo"])))
     assert "depende de cuánto texto haya" in unknown
+
+
+def test_short_times_and_slow_machines_are_told_in_figures(tmp_path):
+    """Neither parts of one minute each that make one minute, nor hours or a speed of 0,00."""
+    (tmp_path / "uno.py").write_text("x = 1\n" * 20_000)
+    words = ["--plan", "t4", "--datos", str(tmp_path), "--pasos-fase1", "1", "--pasos-fase2", "1"]
+    name, choice, machine, given = from_args(train_script.parse(words))
+    assert "Este entrenamiento: menos de 1 min.\n" in plan(name, choice, machine, given)
+    slow = plan(name, choice, replace(machine, flops=4.24e9), given)
+    assert "Horas con 0,0042 TFLOP/s" in slow and "Este entrenamiento: alrededor de " in slow
+    fast = plan(name, choice, replace(machine, flops=2e16), given)
+    assert "Fase 1: 0,0001" in fast

@@ -199,7 +199,7 @@ def test_a_step_whose_gradient_is_no_number_is_skipped_whole(only_rows, scaled, 
 
 
 def test_gradients_that_stay_no_numbers_stop_the_run_with_advice():
-    with pytest.raises(UserError, match="20 pasos seguidos.*--tasas 0.3"):
+    with pytest.raises(UserError, match="20 pasos seguidos.*--tasas 0,3"):
         trained(PATIENCE + 5, poison=spoil(set(range(1000))))
 
 
