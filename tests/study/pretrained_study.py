@@ -45,6 +45,7 @@ RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
 SHORT, LONG = 60, 240  # steps of 1,024 tokens
 SEEDS = (0, 1, 2)
+WORD = re.compile(r"[^\W\d]\w*")
 # Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
 SHAPES = {
     **{"capas-" + "-".join(map(str, layers)): dict(engram_layer_ids=layers) for layers in (
@@ -366,7 +367,7 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
     row["seconds"] = time.perf_counter() - started
     row["loss"], hits = loss_and_hits(model, blocks)
     read = [batch_at(ids, number, recipe) for number in range(steps or SHORT)]
-    known = set(re.findall(r"[^\W\d]\w*", " ".join(tokenizer.batch_decode(torch.cat(read)))))
+    known = set(WORD.findall(" ".join(tokenizer.batch_decode(torch.cat(read)))))
     row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
     if engram and control in (None, "sin-conv"):
         generator = torch.Generator().manual_seed(0)
