@@ -376,6 +376,7 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 SCALE_BYTES = 4  # of an int8 row: one float32 after its values, so that one read brings both
 CHUNK = 2**25  # bytes of rows converted or copied at a time
+FEW_ROWS = 256  # of a decoded token or a small batch of them: read at once where the system has them in memory
 
 
 def row_width(d_head: int, dtype: torch.dtype) -> int:
@@ -488,6 +489,19 @@ class TableFile:
         if len(data) != len(offsets) * size:
             raise self._bad("se ha cortado mientras estaba abierto")
         return torch.frombuffer(data, dtype=self.dtype).view(len(offsets), self.width)
+
+    def read_cached(self, row_ids: np.ndarray) -> torch.Tensor | None:
+        """As `read`, where the system holds all of these rows in memory; None where one would have to be waited for."""
+        size, descriptor = self.row_bytes, self.file.fileno()
+        data = bytearray(len(row_ids) * size)
+        rows = memoryview(data)
+        try:
+            for i, offset in enumerate((row_ids * size + self.start).tolist()):
+                if os.preadv(descriptor, [rows[i * size : (i + 1) * size]], offset, os.RWF_NOWAIT) != size:
+                    return None
+        except (OSError, AttributeError):  # on the disk alone; or a system that knows of no such reading
+            return None
+        return torch.frombuffer(data, dtype=self.dtype).view(len(row_ids), self.width)
 
     def chunks(self) -> Iterable[torch.Tensor]:
         """All rows as stored, some [n, row_width] at a time."""
@@ -691,6 +705,11 @@ class EngramTable(nn.Module):
         if row_ids.is_cuda:
             self._stream = self._stream or torch.cuda.Stream(row_ids.device)
             ready = torch.cuda.current_stream(row_ids.device).record_event()
+        elif self.weight is None and row_ids.numel() <= FEW_ROWS:
+            # To pass them from one thread to another would take longer than to read them.
+            if (rows := self._read(row_ids, self.file.read_cached)) is not None:
+                self._coming = row_ids, (rows, None)
+                return
         self._coming = row_ids, _reader.submit(self._bring, row_ids, ready)
 
     @torch.no_grad()
@@ -703,13 +722,14 @@ class EngramTable(nn.Module):
             self._stream.wait_event(ready)
             return self._read(row_ids), self._stream.record_event()
 
-    def _read(self, row_ids):
+    def _read(self, row_ids, cached=None):
         wanted, device, inverse = row_ids.cpu(), row_ids.device, None  # the one wait for a card
-        if wanted.shape[:-1].numel() == 1:  # the heads of one token never share a row
-            rows = self._stored(wanted.flatten()).view(*wanted.shape, -1)
-        else:
+        if wanted.shape[:-1].numel() > 1:  # the heads of one token never share a row
             wanted, inverse = wanted.unique(return_inverse=True)
-            rows = self._stored(wanted)
+        rows = cached(wanted.flatten().numpy()) if cached else self._stored(wanted.flatten())
+        if rows is None:
+            return None
+        rows = rows if inverse is not None else rows.view(*wanted.shape, -1)
         if device.type == "cuda":
             rows, inverse = (x if x is None else x.pin_memory().to(device, non_blocking=True) for x in (rows, inverse))
         return unpack(rows if inverse is None else rows[inverse]).to(device)
@@ -722,7 +742,7 @@ class EngramTable(nn.Module):
         coming, self._coming = self._coming, None
         if coming is None or coming[0] is not row_ids:
             return self._read(row_ids)
-        rows, there = coming[1].result()
+        rows, there = coming[1] if isinstance(coming[1], tuple) else coming[1].result()
         if there is not None:
             stream = torch.cuda.current_stream(rows.device)
             stream.wait_event(there)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -216,6 +217,7 @@ def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monk
         return read(self, row_ids)
 
     monkeypatch.setattr(TableFile, "read", watch)
+    monkeypatch.setattr(TableFile, "read_cached", lambda *_: None)  # as if none were in memory
     ids = torch.tensor([[5, 6, 5, 6, 5, 6, 5, 6]])
     logits(model, ids)
     indices = model.model.ngram_indices(ids)
@@ -228,6 +230,35 @@ def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monk
     seen.clear()
     logits(model, ids)
     assert all(thread == "MainThread" for thread, _ in seen) and len(seen) == 2
+
+
+@pytest.mark.parametrize("system", ["warm", "cold", "without"])
+def test_few_rows_are_read_at_once_where_the_system_has_them(saved, monkeypatch, system):
+    """And by the thread where one would have to be waited for, or where no system call tells."""
+    model, folders = saved
+    ids, read, preadv = helpers.random_ids(model, 1, 5), TableFile.read, os.preadv
+    by_thread = []
+    monkeypatch.setattr(TableFile, "read", lambda self, row_ids: by_thread.append(len(row_ids)) or read(self, row_ids))
+    if system == "cold":
+        asked = []
+
+        def last_is_not_there(*args):
+            asked.append(args)
+            if len(asked) % 7 == 0:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            return preadv(*args)
+
+        monkeypatch.setattr(os, "preadv", last_is_not_there)
+    elif system == "without":
+        monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    there, expected = opened(folders["int8"], "disco"), logits(opened(folders["int8"], "ram"), ids)
+    if system == "warm":
+        for table in there.model.engram_tables.values():
+            read(table.file, np.arange(table.n_rows))
+        if there.model.engram_tables["1"].file.read_cached(np.arange(3)) is None:
+            pytest.skip("este disco no dice qué tiene en memoria")
+    assert torch.equal(logits(there, ids), expected)
+    assert (not by_thread) == (system == "warm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
