@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -551,7 +552,8 @@ def as_any_new_file(path: Path):
     """Give a file the mode that the umask gives: safetensors makes files that their owner alone may read."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     probe.touch()
-    path.chmod(probe.stat().st_mode)
+    with suppress(OSError):  # of a drive that keeps no modes
+        path.chmod(probe.stat().st_mode)
     probe.unlink()
 
 

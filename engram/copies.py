@@ -72,7 +72,10 @@ class Copies:
 
 def copy_folder(source: Path, target: Path):
     with whole_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        for file in filter(Path.is_file, source.rglob("*")):  # their bytes: some drives refuse to set modes
+            copy = temporary / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 class HubCopies(Copies):

@@ -16,6 +16,7 @@ from transformers import AutoModel, PhiForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import helpers
+from engram.copies import copy_folder
 from engram.folders import whole_folder
 from engram.memories import save_memory
 from engram.rows import TrainedTables
@@ -289,3 +290,15 @@ def test_files_are_as_readable_as_any_other(make_model, tmp_path, size):
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 6 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
+
+
+def test_a_drive_that_keeps_no_modes_takes_a_save_and_a_copy(make_model, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    model.save_pretrained(tmp_path / "it")
+    copy_folder(tmp_path / "it", tmp_path / "copy")
+    with torch.no_grad():
+        assert torch.equal(PhiEngramForCausalLM.from_pretrained(tmp_path / "copy")(ids).logits, model(ids).logits)
