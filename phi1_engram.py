@@ -204,9 +204,10 @@ class PhiEngramConfig(PhiConfig):
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self):
-        # peft asks here for the kind of model when a LoraConfig names no matrices: those that it takes of a Phi.
-        if lora := getattr(sys.modules.get("peft.utils"), "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", None):
-            lora.setdefault(self.model_type, lora["phi"])
+        # peft asks here for the kind of model when its configuration names no matrices: those that it takes of a Phi.
+        for name, known in [*vars(sys.modules.get("peft.utils.constants", sys)).items()]:
+            if name.endswith("_MODULES_MAPPING") and "phi" in known:
+                known.setdefault(self.model_type, known["phi"])
         # Left out so that a plain PhiForCausalLM opens the same folder with its own plain cache.
         hidden = ("layer_types", "number_of_conv_states")
         return {key: value for key, value in super().to_dict().items() if key not in hidden}

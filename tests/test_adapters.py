@@ -10,6 +10,7 @@ from engram.memories import load_memory, remove_memory, save_memory
 from phi1_engram import PhiEngramForCausalLM
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
+BaseTunerLayer = pytest.importorskip("peft.tuners.tuners_utils").BaseTunerLayer
 PHI = ["q_proj", "fc1"]
 
 
@@ -118,8 +119,10 @@ def test_what_gives_vectors_without_tokens_is_sent_to_lora(method):
         adapted(input_ids=helpers.random_ids(model, 2, 10))
 
 
-def test_lora_that_names_no_matrices_takes_those_of_phi(make_model):
-    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2))
-    names = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
-    plain = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["phi"]
-    assert names == {*plain} and not any("engram" in name for name, _ in model.named_parameters() if "lora" in name)
+@pytest.mark.parametrize("kind", ["LORA", "IA3", "VERA", "LOHA", "LNTUNING"])
+def test_an_adapter_that_names_no_matrices_takes_those_of_phi(make_model, kind):
+    config = {"LORA": "LoraConfig", "IA3": "IA3Config", "VERA": "VeraConfig", "LOHA": "LoHaConfig"}
+    model = peft.get_peft_model(make_model(), getattr(peft, config.get(kind, "LNTuningConfig"))())
+    taken = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    known = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+    assert {name.rpartition(".")[2] for name in taken} == {*known["phi"]} and not [n for n in taken if "engram" in n]
