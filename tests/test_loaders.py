@@ -297,8 +297,8 @@ def test_a_drive_that_keeps_no_modes_takes_a_save_and_a_copy(make_model, tmp_pat
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "chmod", refuse)
-    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    model = make_model()
     model.save_pretrained(tmp_path / "it")
     copy_folder(tmp_path / "it", tmp_path / "copy")
-    with torch.no_grad():
-        assert torch.equal(PhiEngramForCausalLM.from_pretrained(tmp_path / "copy")(ids).logits, model(ids).logits)
+    copied = opened(tmp_path / "copy").state_dict()
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in model.state_dict().items())
