@@ -147,6 +147,8 @@ def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
     elif word == "recuerdos":
         listed = "\n".join(f"{number:>4}  {one}" for number, one in enumerate(said, 1))
         say(listed or "Aún no he aprendido nada. Enséñame algo: aprende La capital de Zubrowka es => Lutz")
+    elif wish == "todo" and not said:
+        say("No hay nada que olvidar: aún no he aprendido nada.")
     elif wish == "todo" or (wish.isdecimal() and 1 <= int(wish) <= len(said)):
         teaching.forget(said if wish == "todo" else [said[int(wish) - 1]])
         say("Olvidado, sin dejar rastro.")

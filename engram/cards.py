@@ -84,8 +84,8 @@ def write_control_card(model, folder, name: str, of: str):
     """For the plain Phi beside the demo's model."""
     text = f"""# {name}
 {toy_warning(model)}
-El control de `{of}`: el mismo Phi de partida, entrenado sin memoria los mismos pasos y con los mismos textos. Está para
-comparar: `python verify_phi_engram.py --profundidad {of}`
+El control de `{of}`: el mismo Phi de partida, entrenado sin memoria y con todos sus pesos, los mismos pasos y con los
+mismos textos. Está para comparar: `python verify_phi_engram.py --profundidad {of}`
 """
     write(folder, front("[phi, code]", False) + text)
 

@@ -64,7 +64,9 @@ def repeats(text: str) -> bool:
     lines, tail = text.split("\n")[:-1], text[-COPIES * RUN :]
     return any(
         len(lines) >= COPIES * n and lines[-n:] * COPIES == lines[-COPIES * n :] for n in range(1, CYCLE + 1)
-    ) or (len(tail) == COPIES * RUN and any(tail[n:] == tail[:-n] for n in range(1, RUN + 1)))
+    ) or (  # what cannot be seen is not said to repeat itself
+        len(tail) == COPIES * RUN and not tail.isspace() and any(tail[n:] == tail[:-n] for n in range(1, RUN + 1))
+    )
 
 
 def begun(text: str, stops) -> int:

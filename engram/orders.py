@@ -51,7 +51,8 @@ def advice(model) -> str:
     if is_toy(model):
         size, prompt = spanish(phi_size(model) / 1e6, 1), of_demo(model.name_or_path).get("prompt")
         example = (
-            f"comparar {prompt}        (lo que sigue, con memoria y sin ella)"
+            f"siguiente {prompt}        (los cinco tokens más probables, con memoria y sin ella)\n"
+            f"   Y:      comparar {prompt}         (lo que escribe, con memoria y sin ella)"
             if prompt
             else "siguiente def __init__(        (o escribe «def __init__(self, name):» y una línea vacía)"
         )

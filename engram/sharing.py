@@ -147,9 +147,7 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 ## Receta
 
-Fase 1, {steps[0]}: Phi congelado; tasas {memory_rates[0]} (proyecciones de Engram) y {table_rates[0]}
-(tablas). Fase 2, {steps[1]}: todo el modelo; tasas {backbone_rate} (Phi), {memory_rates[1]} y
-{table_rates[1]}. Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
+{phases} Pesos densos con {optimizer}; de las tablas solo cambian las filas leídas (estado: {row_state}).
 {batch} × {accumulate} × {processes} bloques de {length} tokens por paso (lote, acumulados, procesos); decaimiento
 {weight_decay} en las matrices de Phi y ninguno en la memoria; semilla {seed}.
 
@@ -163,6 +161,20 @@ Fase 1, {steps[0]}: Phi congelado; tasas {memory_rates[0]} (proyecciones de Engr
 """
 
 
+def phases(recipe) -> str:
+    """What a card says of both phases; of one that had no steps, that it was left out."""
+    steps = [counted(number, "paso") for number in recipe.steps]
+    (a, b), (c, d) = (map(short, rates) for rates in zip(recipe.memory_rates, recipe.table_rates))
+    first = f"Fase 1, {steps[0]}: Phi congelado; tasas {a} (proyecciones de Engram) y {b} (tablas)."
+    second = (
+        f"Fase 2, {steps[1]}: todo el modelo; tasas {short(recipe.backbone_rate)} (Phi), {c} (proyecciones de Engram) "
+        f"y {d} (tablas)."
+    )
+    return "\n".join(
+        (first if recipe.steps[0] else "Sin fase 1.", second if recipe.steps[1] else "Sin fase 2: Phi no ha cambiado.")
+    )
+
+
 def against_control(control: dict, result: dict) -> str:
     """What a memory was worth against the same Phi that went on without it."""
     gain = control["loss"] - result["loss"]
@@ -171,8 +183,8 @@ def against_control(control: dict, result: dict) -> str:
     else:
         verdict = f"{'le gana' if gain > 0 else 'pierde con él'} por {spanish(abs(gain), 3)} nats por token"
     return (
-        f"El control es el mismo Phi de partida, entrenado sin memoria los mismos pasos y con los mismos textos. La "
-        f"memoria {verdict} (una sola ejecución)."
+        f"El control es el mismo Phi de partida, entrenado sin memoria y con todos sus pesos, los mismos pasos y con "
+        f"los mismos textos. La memoria {verdict} (una sola ejecución)."
     )
 
 
@@ -180,9 +192,7 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
     """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
     recipe, config, name = outcome["recipe"], model.config, Path(output).name
     backbone, memory = values_of(model)
-    words = asdict(recipe) | dict(steps=[counted(steps, "paso") for steps in recipe.steps])
-    words |= {key: tuple(map(short, words[key])) for key in ("memory_rates", "table_rates")}
-    words |= {key: short(words[key]) for key in ("backbone_rate", "weight_decay")}
+    words = asdict(recipe) | dict(phases=phases(recipe), weight_decay=short(recipe.weight_decay))
     control = outcome["control"]  # the held-out result of a twin without memory, or None
     card = CARD.format(
         front=front("[engram, phi, code, custom_code]", original(model)), name=name,

@@ -325,10 +325,15 @@ def test_ids_that_mean_nothing(make_model, tokenizer):
     assert Chat(model, tokenizer, max_tokens=5).answer("hola", lambda piece: None) == ""
 
 
-def test_a_toy_is_called_one_and_completes_code(model, monkeypatch):
+def test_a_toy_is_called_one_and_completes_code(model, monkeypatch, tmp_path):
     assert is_toy(model) and suited(model, None, None) == (True, 0.6)
     assert suited(model, False, 0.1) == (False, 0.1)
     assert "modelo de juguete" in advice(model) and "siguiente def __init__(" in advice(model)
+    (tmp_path / "entrenamiento.jsonl").write_text('{"demo": {"library": "sympy", "prompt": "x = Differen"}}')
+    monkeypatch.setattr(model, "name_or_path", str(tmp_path))
+    first, second = advice(model).splitlines()[-2:]  # what cannot babble before what can
+    assert first.startswith("   Prueba: siguiente x = Differen  ")
+    assert second.startswith("   Y:      comparar x = Differen  ")
     monkeypatch.setattr("engram.opening.TOY", 1000)  # now it is no toy
     assert not is_toy(model) and suited(model, None, None) == (False, 0.2) and suited(model, True, None)[0]
     assert advice(model).startswith("Consejo: Phi-1 es un modelo base")
@@ -354,7 +359,7 @@ def test_an_answer_that_repeats_itself_is_cut(piped, says, text, shown):
 
 
 @pytest.mark.parametrize(
-    "unit, most", [("#", 2), ("0, ", 4), ("    ", 6), ("x" * 39 + ",", 41), ("a\nb\nc\nd\ne\n", 12)]
+    "unit, most", [("#", 2), ("0, ", 4), ("x    ", 6), ("x" * 39 + ",", 41), ("a\nb\nc\nd\ne\n", 12)]
 )
 def test_a_text_that_goes_round_within_a_line_repeats(unit, most):
     """At 160 characters of it, four times the longest text looked for, and not before."""
@@ -362,6 +367,7 @@ def test_a_text_that_goes_round_within_a_line_repeats(unit, most):
     first = next(n for n in range(len(text)) if repeats(text[:n]))
     assert 160 <= first <= 168 + most
     assert not any(repeats(("x = " + "#" * 79 + "\n")[:n]) for n in range(85))  # a ruler is code
+    assert not repeats("x" + " " * 300)
     assert not repeats(", ".join(map(str, range(100)))) and not repeats(("x" * 40 + ",") * 20)
 
 

@@ -335,7 +335,7 @@ def test_orders_of_the_chat(tokenizer, monkeypatch, capsys):
         ["recuerdos", "aprende La capital de Zubrowka es => Lutz", "La capital de Zubrowka es", "memoria ver",
          "¿Quién es Pancho Villarroel?", "aprende Mi perro", "¿Quién es Pancho Villarroel?", "recuerdos", "olvida 7",
          "memoria no", "La capital de Zubrowka es", "memoria sí", "olvida 1", "La capital de Zubrowka es",
-         "olvida todo", "recuerdos", "aprende es => z"],
+         "olvida todo", "recuerdos", "olvida todo", "aprende es => z"],
         model, tokenizer, monkeypatch, capsys,
     )  # fmt: skip
     answers = [line for line in said.out.splitlines() if line.strip()]
@@ -344,6 +344,7 @@ def test_orders_of_the_chat(tokenizer, monkeypatch, capsys):
     assert "Aprendido en" in said.err and "Dura lo que dure este chat" in said.err
     assert "   1  La capital de Zubrowka es => Lutz\n   2  ¿Quién es Pancho Villarroel? => Mi perro" in said.err
     assert "«olvida 7»" in said.err and "del 1 al 2" in said.err and said.err.count("Aún no he aprendido nada") == 2
+    assert said.err.count("sin dejar rastro") == 2 and said.err.count("No hay nada que olvidar") == 1
     assert "1 de los 3 tokens" in said.err and not model.facts
 
 

@@ -440,7 +440,10 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch, capsys):
     (tmp_path / "entrenamiento.jsonl").unlink()
     card = (tmp_path / "phi1-engram-demo" / "README.md").read_text(encoding="utf-8")
     assert "**Es un modelo de juguete**" in card and ": el mismo Phi sin memoria, con los mismos pasos |" in card
-    assert "El control es el mismo Phi de partida" in card
+    assert "El control es el mismo Phi de partida, entrenado sin memoria y con todos sus pesos" in card
+    # A phase that was left out has no rates to be told.
+    assert "Fase 1, 3 pasos: Phi congelado" in card and "Sin fase 2: Phi no ha cambiado." in card
+    assert "todo el modelo; tasas" not in card
     for name in ("phi1-engram-demo", "phi1-engram-demo-control"):  # neither is ever replaced
         with pytest.raises(UserError, match=f"{name}/ ya existe"):
             demo.demo(tmp_path / "phi1-engram-demo", recipe=recipe, base_steps=3)
