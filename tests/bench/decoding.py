@@ -126,6 +126,7 @@ def main(argv=None):
     parser = SpanishParser(description="Lo que cuesta un token generado.", epilog="Ejemplo: --phi1 --rondas 40")
     parser.add_argument("--rondas", type=int, default=200, metavar="N", help="tokens de cada modelo (%(default)s)")
     parser.add_argument("--phi1", action="store_true", help="la forma de Phi-1 en vez de 512 × 8")
+    parser.add_argument("--lote", type=int, nargs="+", default=[1, 8], metavar="N", help="textos a la vez (1 y 8)")
     parser.add_argument("--perfil", action="store_true", help="qué operaciones hace cada token, en vez de medir")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -135,7 +136,7 @@ def main(argv=None):
         if args.perfil:
             return profile(models)
         print(f"{'La forma de Phi-1' if args.phi1 else '512 × 8'}, float32, un hilo, torch {torch.__version__}")
-        for batch in (1, 8):
+        for batch in args.lote:
             table(rounds(models, batch, args.rondas), batch)
 
 
