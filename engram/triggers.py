@@ -90,7 +90,7 @@ def wished(tokenizer, one: Lesson) -> int:
     for token in reversed(one.ids[: one.split]):
         text = tokenizer.decode(one.ids[one.split - line : one.split])
         whole = len(re.findall(r"(?<=\W)\w+", text))  # what opens the text may be a word's end
-        if (line >= KEY and whole >= WORDS) or "\n" in tokenizer.decode([token]):
+        if line == LONGEST_KEY or (line >= KEY and whole >= WORDS) or "\n" in tokenizer.decode([token]):
             break
         line += 1
     return line
