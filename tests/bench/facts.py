@@ -24,6 +24,7 @@ SMALL = dict(
     hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, engram_layer_ids=[1, 5]
 )  # fmt: skip
 KEYS = 6  # of a fact
+SHORTEST, LENGTHS = 6, 8  # a thousand facts have keys of eight lengths
 
 
 def model_of(**shape) -> PhiEngramForCausalLM:
@@ -35,11 +36,12 @@ def model_of(**shape) -> PhiEngramForCausalLM:
 def unread(model, count: int) -> list[Fact]:
     """So many facts whose n-grams no text has: what is measured is looking for them."""
     d_mem = (model.config.max_ngram_size - 1) * model.config.n_embed_per_ngram
-    keys = torch.full((count * KEYS, LONGEST_KEY), -1)
-    keys[:, -3:] = torch.randint(60_000, 10**9, (count * KEYS, 3))
-    rows = torch.randn(count * KEYS, d_mem)
-    layer = facts.fact_layer(model.config)
-    return [Fact("", "", layer, 3, k, r, {}, {}) for k, r in zip(keys.split(KEYS), rows.split(KEYS))]
+    layer, found = facts.fact_layer(model.config), []
+    for number in range(count):
+        length, keys = SHORTEST + number % LENGTHS, torch.full((KEYS, LONGEST_KEY), -1)
+        keys[:, -length:] = torch.randint(60_000, 10**9, (KEYS, length))
+        found.append(Fact("", "", layer, length, keys, torch.randn(KEYS, d_mem), {}, {}))
+    return found
 
 
 @torch.no_grad()
