@@ -205,8 +205,9 @@ class PhiEngramConfig(PhiConfig):
 
     def to_dict(self):
         # peft asks here for the kind of model when its configuration names no matrices: those that it takes of a Phi.
-        for name, known in [*vars(sys.modules.get("peft.utils.constants", sys)).items()]:
-            if name.endswith("_MODULES_MAPPING") and "phi" in known:
+        peft = sys.modules.get("peft.utils.constants")
+        for name in dir(peft) if peft else ():
+            if name.endswith("_MODULES_MAPPING") and "phi" in (known := getattr(peft, name)):
                 known.setdefault(self.model_type, known["phi"])
         # Left out so that a plain PhiForCausalLM opens the same folder with its own plain cache.
         hidden = ("layer_types", "number_of_conv_states")

@@ -208,7 +208,6 @@ def most_rows(config, choice, machine) -> int | None:
 # ---------- What is printed ----------
 
 
-
 def command(choice: Choice, machine: Machine, given=()) -> str:
     """The command line of a choice; `given`: further words of it."""
     # Without a card accelerate starts several processes only when it is asked like this.

@@ -39,7 +39,7 @@ from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
 from engram.steps import run_steps
 from study import pretrained
-from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
@@ -178,7 +178,7 @@ class Ruler:
     def __init__(self, folder: Path):
         self.folder = folder
         model, tokenizer = self.open()
-        library = pretrained.library_halves()[1].values()
+        library = library_halves()[1].values()
         self.old = {
             "biblioteca": pretrained.spread(pretrained.packed(tokenizer, library), OLD),
             "prosa": pretrained.spread(pretrained.packed(tokenizer, pretrained.prose()[:600]), OLD),
