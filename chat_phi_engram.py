@@ -14,7 +14,6 @@ import re
 import select
 import shutil
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,11 +35,9 @@ try:
     )
     from engram.conversation import LOOPED, TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
-    from engram.facts import described
     from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
-    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, order
+    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, obey_facts, order
     from engram.page import check_place, show_page
-    from engram.teaching import ARROW
 except ImportError as error:
     sys.exit(
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
@@ -130,31 +127,6 @@ def obey(chat: Chat, word: str, argument: str, say):
     else:
         now = "encendida" if chat.memory else "apagada"
         raise UserError(f"«{text}»: se admite «memoria sí», «memoria no» o «memoria ver»; ahora está {now}. {ESCAPE}")
-
-
-def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
-    """Orders about what the chat has been told. Raises FactError where it is not taken."""
-    teaching, said = chat.teaching, chat.teaching.said
-    if word == "aprende":
-        say("(Aprendiendo …)")
-        learn = chat.learn if ARROW in argument else chat.learn_answer
-        started = time.perf_counter()
-        facts = learn(argument, lambda step: None)
-        seconds = spanish(time.perf_counter() - started, 1)
-        say(f"✅ Aprendido en {seconds} s ({described(facts[-1])}). «olvida {len(teaching.said)}» lo quita.")
-        if not teaching.folder:
-            say("   Dura lo que dure este chat; para guardarlo: --recuerdos CARPETA")
-    elif word == "recuerdos":
-        listed = "\n".join(f"{number:>4}  {one}" for number, one in enumerate(said, 1))
-        say(listed or "Aún no he aprendido nada. Enséñame algo: aprende La capital de Zubrowka es => Lutz")
-    elif wish == "todo" and not said:
-        say("No hay nada que olvidar: aún no he aprendido nada.")
-    elif wish == "todo" or (wish.isdecimal() and 1 <= int(wish) <= len(said)):
-        teaching.forget(said if wish == "todo" else [said[int(wish) - 1]])
-        say("Olvidado, sin dejar rastro.")
-    else:
-        there = f"del 1 al {len(said)} (los dice «recuerdos»)" if said else "ninguno todavía"
-        raise UserError(f"«olvida {argument}»: se admite «olvida todo» o el número de un recuerdo, {there}. {ESCAPE}")
 
 
 def respond(chat: Chat, text: str, say):

@@ -16,17 +16,10 @@ try:
     import transformers
     from transformers import PhiConfig
 
-    from engram.checks import (
-        check_versions,
-        note,
-        phi_1_tokenizer,
-        run_check,
-        small_model,
-        tokenizer_on_the_spot,
-        verify,
-    )
+    from engram.checks import note, run_check, verify
     from engram.console import SpanishParser, UserError, counted, run_script, spanish
     from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
+    from engram.trial import check_versions, phi_1_tokenizer, small_model, tokenizer_on_the_spot
     from phi1_engram import PHI_1
 except ImportError as error:
     sys.exit(

@@ -5,9 +5,11 @@ if __name__ == "__main__":
 
 import os
 import re
+import time
 
-from engram.console import spanish, unaccented
-from engram.conversation import TOY_TEMPERATURE
+from engram.console import UserError, spanish, unaccented
+from engram.conversation import TOY_TEMPERATURE, Chat
+from engram.facts import described
 from engram.opening import is_toy, of_demo, phi_size
 from engram.teaching import ARROW
 from phi1_engram import PHI_1
@@ -107,3 +109,28 @@ def meant(text: str) -> str | None:
             if takes is None or re.fullmatch(takes, unaccented(rest).casefold().strip()):
                 return f"{name}{space}{rest}"
     return None
+
+
+def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
+    """Orders about what the chat has been told. Raises FactError where it is not taken."""
+    teaching, said = chat.teaching, chat.teaching.said
+    if word == "aprende":
+        say("(Aprendiendo …)")
+        learn = chat.learn if ARROW in argument else chat.learn_answer
+        started = time.perf_counter()
+        facts = learn(argument, lambda step: None)
+        seconds = spanish(time.perf_counter() - started, 1)
+        say(f"✅ Aprendido en {seconds} s ({described(facts[-1])}). «olvida {len(teaching.said)}» lo quita.")
+        if not teaching.folder:
+            say("   Dura lo que dure este chat; para guardarlo: --recuerdos CARPETA")
+    elif word == "recuerdos":
+        listed = "\n".join(f"{number:>4}  {one}" for number, one in enumerate(said, 1))
+        say(listed or "Aún no he aprendido nada. Enséñame algo: aprende La capital de Zubrowka es => Lutz")
+    elif wish == "todo" and not said:
+        say("No hay nada que olvidar: aún no he aprendido nada.")
+    elif wish == "todo" or (wish.isdecimal() and 1 <= int(wish) <= len(said)):
+        teaching.forget(said if wish == "todo" else [said[int(wish) - 1]])
+        say("Olvidado, sin dejar rastro.")
+    else:
+        there = f"del 1 al {len(said)} (los dice «recuerdos»)" if said else "ninguno todavía"
+        raise UserError(f"«olvida {argument}»: se admite «olvida todo» o el número de un recuerdo, {there}. {ESCAPE}")

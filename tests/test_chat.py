@@ -21,13 +21,13 @@ import torch
 
 import chat_phi_engram as chat_script
 from chat_phi_engram import Chat, run_chat
-from engram.checks import tokenizer_on_the_spot
 from engram.console import run_script
 from engram.conversation import repeats, suited
 from engram.drawing import bars, shaded, side_by_side
 from engram.graft import CHAT_TEMPLATE
 from engram.opening import is_toy
 from engram.orders import advice, meant, order
+from engram.trial import tokenizer_on_the_spot
 from phi1_engram import CACHE
 
 SCRIPT = Path(chat_script.__file__)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import helpers
-from engram.checks import tokenizer_on_the_spot
 from engram.plan import from_args, plan
+from engram.trial import tokenizer_on_the_spot
 from train_phi_engram import parse
 
 ROOT = Path(__file__).resolve().parent.parent

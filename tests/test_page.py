@@ -19,10 +19,10 @@ import torch
 import chat_phi_engram as chat_script
 import helpers
 from engram import page, triggers, visits
-from engram.checks import tokenizer_on_the_spot
 from engram.console import UserError, run_script
 from engram.conversation import Chat
 from engram.memories import remove_memory
+from engram.trial import tokenizer_on_the_spot
 
 SCRIPT = Path(chat_script.__file__)
 NASTY = "<script>window.bad = 1</script><img src=x onerror='window.bad = 2'> ${window.bad = 3} {{bad}} **x** $$y$$"

@@ -16,8 +16,9 @@ import helpers
 import train_phi_engram as train_script
 from engram.console import UserError, run_script
 from engram.counting import Choice, Machine, account, shapes, traced
+from engram.machines import MACHINES, named_machine
 from engram.optimizers import OPTIMIZERS, make_optimizer
-from engram.plan import command, from_args, named_machine, plan, search
+from engram.plan import command, from_args, plan, search
 from engram.processes import make_accelerator
 from engram.rows import TrainedTables
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
@@ -190,7 +191,7 @@ def test_a_model_in_parts_takes_its_part_of_each_card(config):
 
 def test_two_cards_share_the_model_before_they_give_up_adamw():
     """Phi-1 itself on two T4; where the disk cannot take AdamW's states, they go, and with them the parts."""
-    config, named = PhiEngramConfig(engram_tokenizer_compression=False), planning.MACHINES
+    config, named = PhiEngramConfig(engram_tokenizer_compression=False), MACHINES
     found = search(config, Choice(), named["t4x2"])
     assert (found.shard_model, found.optimizer, found.row_state) == (True, "adamw", "adam")
     found = search(config, Choice(), named["kaggle"])
@@ -202,16 +203,16 @@ def test_two_cards_share_the_model_before_they_give_up_adamw():
 
 def test_what_is_saved_from_a_card_passes_through_host_memory():
     """safetensors copies every tensor of a card at once: in phase 2 Phi-1 beside its tables is too much for Colab."""
-    config, colab = PhiEngramConfig(engram_tokenizer_compression=False), planning.MACHINES["colab"]
+    config, colab = PhiEngramConfig(engram_tokenizer_compression=False), MACHINES["colab"]
     choice = Choice(optimizer="adafactor", recompute=True, place="ram")
     assert planning.lacking(config, choice, colab) == {1: [], 2: ["RAM"]}
     assert planning.lacking(config, replace(choice, row_state="fila"), colab) == {1: [], 2: []}
 
 
 def test_processes_without_a_card_have_to_be_asked_for():
-    cpu = replace(planning.MACHINES["t4x2"], gpu=0, half=None)
+    cpu = replace(MACHINES["t4x2"], gpu=0, half=None)
     assert command(CHOICE, cpu).startswith("accelerate launch --multi_gpu --num_processes 2 ")
-    assert command(CHOICE, planning.MACHINES["t4x2"]).startswith("accelerate launch --num_processes 2 ")
+    assert command(CHOICE, MACHINES["t4x2"]).startswith("accelerate launch --num_processes 2 ")
 
 
 @pytest.mark.parametrize("gpu", [0, 14.7 * 2**30])

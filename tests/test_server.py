@@ -16,9 +16,9 @@ import torch
 
 import helpers
 from bench import server as bench
-from engram.checks import tokenizer_on_the_spot
 from engram.conversation import Answer, Chat, begun
 from engram.graft import CHAT_TEMPLATE
+from engram.trial import tokenizer_on_the_spot
 
 for package in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is not installed")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 import engram.checks as checks
+import engram.trial as trial
 import helpers
 import phi1_engram
 import verify_phi_engram as verify_script
@@ -28,7 +29,7 @@ def model(make_model):
 
 @pytest.fixture(scope="module")
 def small_tokenizer():
-    return checks.tokenizer_on_the_spot()
+    return trial.tokenizer_on_the_spot()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def test_without_the_hub(capsys, monkeypatch, without_stranger):
     def nowhere(*args, **kwargs):
         raise OSError("not cached, no network")
 
-    monkeypatch.setattr(checks.AutoTokenizer, "from_pretrained", nowhere)
-    monkeypatch.setattr(checks.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checks.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(trial.AutoTokenizer, "from_pretrained", nowhere)
+    monkeypatch.setattr(trial.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(trial.hub, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     code, marks, out, _ = run_main(capsys)
     assert code == 0 and all(marks.values()), out
     assert "No se llega al Hub" in out and "2.000 tokens" in out
@@ -295,8 +296,8 @@ def test_a_projection_of_another_tokenizer(make_model, small_tokenizer):
 
 
 def test_libraries_too_old(capsys, monkeypatch, without_stranger):
-    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "1.0")
-    assert checks.check_versions()[0] >= 4
+    monkeypatch.setattr(trial.importlib.metadata, "version", lambda name: "1.0")
+    assert trial.check_versions()[0] >= 4
     assert "pip install -U -r requirements.txt" in capsys.readouterr().out
 
 

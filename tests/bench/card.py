@@ -34,10 +34,10 @@ import verify_phi_engram
 from bench import kills, speed
 from bench import plan as training
 from bench.parts import PATIENCE, Part, conclude, earlier, inside, launcher, run, write
-from engram.checks import check_versions
 from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
 from engram.counting import account
-from engram.plan import MACHINES, T4, allowed_ram, matmul_flops
+from engram.machines import MACHINES, T4, allowed_ram, matmul_flops
+from engram.trial import check_versions
 from phi1_engram import PRECISIONS, PhiEngramConfig, PhiEngramForCausalLM
 
 PAPER = 2.8  # per cent of throughput that a table of 100B parameters in host memory costs (paper, Table 4)

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from engram.console import UserError, out_of_memory, spanish
-from engram.plan import allowed_ram
+from engram.machines import allowed_ram
 
 PATIENCE = 20 * 60  # seconds after which a part is taken for hung
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "triton", "bitsandbytes")

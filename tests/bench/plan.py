@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.counting import Choice, account
 from engram.demo import DEMO_SHAPE
+from engram.machines import matmul_flops, this_machine
 from engram.optimizers import make_optimizer
-from engram.plan import command, flops_per_token, from_args, matmul_flops, search, steady_allocator, this_machine
+from engram.plan import command, flops_per_token, from_args, search, steady_allocator
 from engram.processes import make_accelerator, prepare
 from engram.rows import TrainedTables
 from engram.steps import PHI_1_RECIPE, run_steps

@@ -117,7 +117,7 @@ def small_folder(folder: Path) -> Path:
     """A model in miniature with random weights, that never ends an answer by itself."""
     import torch
 
-    from engram.checks import small_model, tokenizer_on_the_spot
+    from engram.trial import small_model, tokenizer_on_the_spot
 
     tokenizer = tokenizer_on_the_spot()
     model = small_model(tokenizer, len(tokenizer))
