@@ -251,6 +251,11 @@ def test_a_strange_name_leaves_room_for_the_words_before_it(tokenizer, name):
     assert f"neighbour {name} works as a" in tokenizer.decode(one.ids[one.split - length : one.split])
 
 
+def test_a_line_without_words_asks_for_no_more_than_a_key_holds(tokenizer):
+    one = triggers.lesson(tokenizer, torch.arange(51200), "x=" + "([{" * 40, " 1")
+    assert triggers.wished(tokenizer, one) == triggers.LONGEST_KEY
+
+
 def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
     """Its key ends at the line's beginning."""
     model = fresh(tokenizer)
