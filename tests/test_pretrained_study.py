@@ -157,10 +157,11 @@ def test_rows_kept_are_of_rows_that_exist():
 
 def test_a_sinkhorn_step_has_the_rates_size_and_skips_what_has_no_gradient():
     part = SimpleNamespace(weight=torch.zeros(40, 8), first=torch.zeros(40, 8))
+    part.first[8] = 1.0  # of earlier steps
     grad = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     grad[3] = 0
     study.sinkhorn_step(part, torch.arange(5, 35), grad, 0.5, None, 1e-8, 1)
     moved = part.weight[5:35]
-    assert not moved[3].any() and not part.weight[:5].any() and (moved * grad).sum() < 0
+    assert not moved[3].any() and part.first[8].eq(1).all() and not part.weight[:5].any() and (moved * grad).sum() < 0
     # Unit rows times the root of their width: 0.18 of the rate is what a value moves by, on average of squares.
     torch.testing.assert_close(moved[4:].square().mean(-1).sqrt(), torch.full((26,), 0.09), rtol=1e-5, atol=0)
