@@ -98,11 +98,14 @@ def one_letter_away(a: str, b: str) -> bool:
 
 
 def meant(text: str) -> str | None:
-    """The order that a line which is none may have been meant to be: one letter of its first word is wrong."""
+    """The order that a line which is none may have been meant to be: one letter of its first word is wrong, or the
+    arrow of "aprende" is another, or has no spaces around it."""
     word, space, rest = text.strip().partition(" ")
     if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
         return None
     plain = unaccented(word).casefold()
+    if plain == "aprende" and (parts := re.match(r"(.*\S)\s*(?:=>|->|→|⇒)\s*(\S.*)", rest)):
+        return f"{plain} {parts[1]}{ARROW}{parts[2]}"
     for name, words in (*ORDERS.items(), *dict.fromkeys(ALIASES, 0).items(), ("aprende", ANY if ARROW in rest else -1)):
         takes = VALUES.get(name)
         if one_letter_away(plain, name) and len(rest.split()) <= words:

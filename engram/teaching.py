@@ -43,12 +43,14 @@ class Teaching:
     A thing told may be several facts: what it completes, and what it answers. `said` tells them together.
 
     Raises:
-        UserError: the folder's facts are not for this model.
+        UserError: the folder's facts are not for this model, or it is no folder.
     """
 
     def __init__(self, model, tokenizer, folder=None):
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder).expanduser() if folder else None
         self.reader, self.counted = reader_of(model), None
+        if self.folder and any(parent.is_file() for parent in (self.folder, *self.folder.parents)):
+            raise UserError(f"--recuerdos {folder}: ahí hay un archivo, no una carpeta. No se ha tocado; elige otra.")
         if self.folder and (self.folder / FACTS_FILE).is_file():
             try:
                 kept = model.read_facts(str(self.folder))
@@ -91,7 +93,13 @@ class Teaching:
 
     def save(self):
         if self.folder:
-            self.model.save_facts(self.folder)
+            try:
+                self.model.save_facts(self.folder)
+            except OSError as error:
+                raise UserError(
+                    f"No se ha podido guardar en «{self.folder}» ({error.strerror}). Vale en este chat, y lo guardado "
+                    "antes sigue como estaba; cuando se pueda escribir, repite la orden."
+                ) from error
 
 
 def told(fact: Fact) -> str:

@@ -283,6 +283,8 @@ def test_a_piped_block_of_code_is_one_question(piped, says):
         ("compara = 3", None), ("¿comparar dos listas?", None),
         ("exitt", "exit"), ("quti", "quit"), ("hepl", "help"), ("exist nothing", None),
         ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
+        ("aprende a=>b c", "aprende a => b c"), ("Aprende a b -> c", "aprende a b => c"),
+        ("aprende a→b", "aprende a => b"), ("aprende Python conmigo", None), ("aprende =>", None),
     ],
 )  # fmt: skip
 def test_a_line_one_letter_away_from_an_order(text, wish):

@@ -415,6 +415,30 @@ def test_a_folder_keeps_what_is_taught(tokenizer, tmp_path, monkeypatch, capsys)
 # --- from a file
 
 
+def test_a_folder_that_cannot_keep_them_loses_nothing(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notas.txt").write_text("mías")
+    for name in ("notas.txt", "notas.txt/dentro"):
+        with pytest.raises(UserError, match=f"--recuerdos .*{name}: ahí hay un archivo, no una carpeta"):
+            teaching.Teaching(fresh(tokenizer), tokenizer, tmp_path / name)
+    assert (tmp_path / "notas.txt").read_text() == "mías"
+    model, save, full = fresh(tokenizer), PhiEngramForCausalLM.save_facts, []
+
+    def save_or_fail(self, folder):
+        if full:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(PhiEngramForCausalLM, "save_facts", save_or_fail)
+    kept = teaching.Teaching(model, tokenizer, tmp_path / "míos")
+    kept.learn([kept.lesson("La capital de Zubrowka es", " Lutz.")], "uno")
+    before = (tmp_path / "míos" / "engram_facts.json").read_bytes()
+    full.append(True)
+    said = said_in(["aprende El alcalde de Zubrowka es => Olga", "El alcalde de Zubrowka es"], model, tokenizer,
+                   monkeypatch, capsys, kept_in=tmp_path / "míos")  # fmt: skip
+    assert "❌ No se ha podido guardar en" in said.err and "Vale en este chat" in said.err
+    assert "Olga." in said.out and (tmp_path / "míos" / "engram_facts.json").read_bytes() == before
+
+
 def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):
     """The bad lines are named, the others are written, and the exit status is 1."""
     model = fresh(tokenizer)
