@@ -55,8 +55,7 @@ def neighbour_row(ruler, rate: float) -> dict:
         print(step, losses[-1], flush=True)
     row = dict(train_loss=sum(losses[-20:]) / 20, seconds=time.perf_counter() - started)
     row["loss"], hits = study.loss_and_hits(wrapped, blocks)
-    read = tokenizer.batch_decode(torch.cat([batch_at(ids, step, recipe) for step in range(study.SHORT)]))
-    known = set(study.WORD.findall(" ".join(read)))
+    known = study.names_read(tokenizer, ids, study.SHORT, recipe)
     return row | dict(identifiers=study.completed(hits, names, known), old=ruler.forgetting(wrapped))
 
 

@@ -237,6 +237,11 @@ def completed(hits, names, known: set[str]) -> dict[str, list[int]]:
     return found
 
 
+def names_read(tokenizer, ids, steps: int, recipe) -> set[str]:
+    read = torch.cat([batch_at(ids, number, recipe) for number in range(steps)])
+    return set(WORD.findall(" ".join(tokenizer.batch_decode(read))))
+
+
 # ---------- What is trained ----------
 
 @torch.no_grad()
@@ -366,8 +371,7 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
         del optimizer
     row["seconds"] = time.perf_counter() - started
     row["loss"], hits = loss_and_hits(model, blocks)
-    read = [batch_at(ids, number, recipe) for number in range(steps or SHORT)]
-    known = set(WORD.findall(" ".join(tokenizer.batch_decode(torch.cat(read)))))
+    known = names_read(tokenizer, ids, steps or SHORT, recipe)
     row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
     if engram and control in (None, "sin-conv"):
         generator = torch.Generator().manual_seed(0)
