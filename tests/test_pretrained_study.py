@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from study import pretrained
+from study import methods, pretrained
 from study import pretrained_study as study
 
 SMALL = dict(
@@ -39,8 +39,8 @@ def tokenizer():
 
 
 def train(model, engram, steps=3, row_state="adam"):
-    tables = study.TrainedTables(engram.trainable, row_state)
-    optimizer = study.make_optimizer(model, 0.0, 1e-2, 1e-1, 0.0, tables=tables)
+    tables = methods.TrainedTables(engram.trainable, row_state)
+    optimizer = methods.make_optimizer(model, 0.0, 1e-2, 1e-1, 0.0, tables=tables)
     for _ in range(steps):
         ids = torch.randint(1, 300, (2, 16))
         model(ids, labels=ids).loss.backward()
@@ -74,12 +74,12 @@ def test_controls_of_content(llama):
     engram.one_row = False
     train(llama, engram)
     before = {layer: table.weight.detach().clone() for layer, table in engram.tables.items()}
-    study.rearranged(engram, "barajadas", torch.Generator().manual_seed(0))
+    methods.rearranged(engram, "barajadas", torch.Generator().manual_seed(0))
     for layer, table in engram.tables.items():
         assert not torch.equal(table.weight, before[layer])
         assert torch.equal(table.weight.sort(0).values, before[layer].sort(0).values)
         assert torch.equal(table.weight.any(-1), before[layer].any(-1))
-    study.rearranged(engram, "media", None)
+    methods.rearranged(engram, "media", None)
     first = int(engram.hash.primes[0].flatten()[0])
     rows = engram.tables["0"].weight[:first]
     assert rows.any(-1).sum() > 1 and len(rows[rows.any(-1)].unique(dim=0)) == 1
@@ -87,11 +87,11 @@ def test_controls_of_content(llama):
 
 def test_an_mlp_has_what_the_memory_uses(llama):
     engram = pretrained.graft(llama, None, **SMALL)
-    sizes = study.used(engram)
+    sizes = methods.used(engram)
     ids = torch.randint(0, 300, (2, 20))
     with torch.no_grad():
         before = llama(ids).logits
-        control = study.Mlp(llama.model, sizes, 0.02)
+        control = methods.Mlp(llama.model, sizes, 0.02)
         assert torch.equal(llama(ids).logits, before)
     for layer, size in sizes.items():
         assert abs(sum(p.numel() for p in control.parts[layer].parameters()) - size) <= 64 + 32
@@ -143,7 +143,7 @@ def test_lora_begins_at_nothing(llama):
     ids = torch.randint(0, 300, (2, 20))
     with torch.no_grad():
         before = llama(ids).logits
-        study.add_lora(llama, 2)
+        methods.add_lora(llama, 2)
         assert torch.equal(llama(ids).logits, before)
     assert {name.split(".")[-3] for name, p in llama.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
@@ -160,8 +160,26 @@ def test_a_sinkhorn_step_has_the_rates_size_and_skips_what_has_no_gradient():
     part.first[8] = 1.0  # of earlier steps
     grad = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     grad[3] = 0
-    study.sinkhorn_step(part, torch.arange(5, 35), grad, 0.5, None, 1e-8, 1)
+    methods.sinkhorn_step(part, torch.arange(5, 35), grad, 0.5, None, 1e-8, 1)
     moved = part.weight[5:35]
     assert not moved[3].any() and part.first[8].eq(1).all() and not part.weight[:5].any() and (moved * grad).sum() < 0
     # Unit rows times the root of their width: 0.18 of the rate is what a value moves by, on average of squares.
     torch.testing.assert_close(moved[4:].square().mean(-1).sqrt(), torch.full((26,), 0.09), rtol=1e-5, atol=0)
+
+
+def test_a_memory_learns_with_its_gate_open_and_its_rows_cleared(llama):
+    llama.requires_grad_(False)
+    engram = pretrained.graft(llama, None, **SMALL)
+    methods.prepare(engram, "sin-puerta", 0.0)
+    gates = []
+    engram.layers["0"].gate.register_forward_hook(lambda _, args, alpha: gates.append(alpha))
+    recipe = SimpleNamespace(batch=2, length=16, seed=0, accumulate=1, clip=1.0, tokens_per_step=32)
+    rates = dict(dense=1e-2, rows=1e-1)
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    loss = methods.learn(llama, engram, recipe, torch.randint(1, 300, (200,)), 2, rates)
+    assert 4 < loss < 8 and all(bool((alpha == 1).all()) for alpha in gates)
+    moved = {name for name, p in llama.named_parameters() if not torch.equal(p, before[name])}
+    assert any("value_proj" in name for name in moved) and all("engram" in name for name in moved)
+    assert any(table.weight.any() for table in engram.tables.values())
+    methods.cleared(engram)
+    assert not any(table.weight.any() for table in engram.tables.values())

@@ -28,23 +28,19 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import batch_at
-from engram.optimizers import make_optimizer
-from engram.rows import TrainedTables
-from engram.steps import run_steps
-from study import pretrained
+from study import methods, pretrained
 from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
 SHORT, LONG = 60, 240  # steps of 1,024 tokens
 SEEDS = (0, 1, 2)
+WARM = ("templada", "proyecciones")  # first SHORT steps of other text, after which the rows stay, or are cleared
 WORD = re.compile(r"[^\W\d]\w*")
 # Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
 SHAPES = {
@@ -96,20 +92,21 @@ def study_rows(done: dict) -> dict[str, dict]:
             rows["llana-nada"] = dict(parte=1, domain="biblioteca", steps=0)
         for name, shape in SHAPES.items():
             rows[name] = dict(parte=4, memory=dict(memory, shape=shape))
-        rows["sin-conv"] = dict(parte=4, memory=memory, control="sin-conv")
+        for control in ("sin-conv", "sin-puerta", *WARM):
+            rows[control] = dict(parte=4, memory=memory, control=control)
         tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
         for row in sorted(tried, key=lambda row: row["loss"])[:3]:
             rows[f"largo-{row['fila']}"] = dict(parte=1, steps=LONG, memory=row["memory"])
     winner, large = best("largo-"), best("lora64-")
     if winner and lora and large and everything:
-        methods = {
+        finalists = {
             "memoria": dict(memory=winner["memory"]), "lora8": dict(lora=lora["lora"]),
             "lora8-memoria": dict(lora=lora["lora"], memory=winner["memory"]), "lora64": dict(lora=large["lora"]),
             "todo": dict(everything=everything["everything"]),
         }  # fmt: skip
         for domain in DOMAINS:
             rows[f"final-{domain}-nada"] = dict(parte=6, domain=domain, steps=0)
-            for method, settings in methods.items():
+            for method, settings in finalists.items():
                 for seed in SEEDS if method in ("memoria", "lora8", "lora8-memoria") else SEEDS[:1]:
                     name = f"final-{domain}-{method}-s{seed}"
                     rows[name] = dict(parte=6, domain=domain, steps=LONG, seed=seed, **settings)
@@ -242,75 +239,7 @@ def names_read(tokenizer, ids, steps: int, recipe) -> set[str]:
     return set(WORD.findall(" ".join(tokenizer.batch_decode(read))))
 
 
-# ---------- What is trained ----------
-
-@torch.no_grad()
-def sinkhorn_step(part, row_ids, grad, rate, betas, eps, number):
-    """A step of TrainedTable as DeepSeek-V4.1-Flash trains its tables (arXiv 2609.19969): Nesterov momentum of 0.95,
-    rows with almost no gradient skipped, the update brought to unit rows and equal columns in eleven turns, times the
-    root of its width, 0.18 of the rate."""
-    seen = grad.norm(dim=-1) > 1e-12
-    row_ids, grad = row_ids[seen], grad[seen]
-    momentum = part.first[row_ids].mul_(0.95).add_(grad)
-    part.first[row_ids] = momentum
-    update = grad + 0.95 * momentum
-    for turn in range(11):
-        along = turn % 2 - 1  # -1: rows; 0: columns
-        size = 1.0 if along else (len(update) / update.shape[1]) ** 0.5
-        update = update * (size / update.norm(dim=along, keepdim=True).clamp_min(eps))
-    part.weight.index_add_(0, row_ids, update * (-0.18 * rate * update.shape[1] ** 0.5))
-
-
-class Mlp(nn.Module):
-    """Control: as many parameters as the memory uses for a token, in its place, and nothing looked up."""
-
-    def __init__(self, llama, layers: dict[str, int], std: float):
-        super().__init__()
-        width = llama.config.hidden_size
-        self.parts = nn.ModuleDict()
-        for layer, parameters in layers.items():
-            columns = round(parameters / 2 / width)
-            part = nn.Sequential(
-                nn.RMSNorm(width), nn.Linear(width, columns, False), nn.SiLU(), nn.Linear(columns, width, False)
-            )
-            nn.init.normal_(part[1].weight, std=std)
-            nn.init.zeros_(part[3].weight)
-            self.parts[layer] = part
-            llama.layers[int(layer)].register_forward_pre_hook(self.add(part))
-
-    def add(self, part):
-        return lambda _, args: (args[0] + part(args[0]), *args[1:])
-
-
-def used(memory) -> dict[str, int]:
-    """Parameters of each layer of the memory that act on one token."""
-    rows = {layer: memory.hash.primes[0].numel() * table.d_head for layer, table in memory.tables.items()}
-    return {layer: sum(p.numel() for p in part.parameters()) + rows[layer] for layer, part in memory.layers.items()}
-
-
-def add_lora(model, rank: int):
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
-
-
-@torch.no_grad()
-def noise(memory, size: float):
-    for table in memory.tables.values():
-        nn.init.normal_(table.weight, std=size)
-
-
-@torch.no_grad()
-def rearranged(memory, how: str, generator):
-    """Give the trained rows of each head to one another's n-grams ("barajadas"), or their mean to all ("media")."""
-    for place, table in enumerate(memory.tables.values()):
-        for head in table.weight.split(memory.hash.primes[place].flatten().tolist()):
-            trained = head.any(-1).nonzero()[:, 0]
-            rows = head[trained]
-            mixed = rows[torch.randperm(len(rows), generator=generator)] if how == "barajadas" else rows.mean(0)
-            head[trained] = mixed
-
+# ---------- A row ----------
 
 def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None) -> dict:
     """Train what the settings say, and measure it."""
@@ -319,67 +248,51 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
     torch.manual_seed(seed)
     engram, row = None, {}
     if lora:
-        add_lora(model, lora["rank"])
+        methods.add_lora(model, lora["rank"])
     elif not everything:
         model.requires_grad_(False)
     if memory or mlp:
         engram = graft(model, tokenizer, **(memory or {}).get("shape", {}))
     if mlp:
-        sizes = used(engram)
+        sizes = methods.used(engram)
         model, tokenizer = ruler.open()
         model.requires_grad_(False)
-        model.engram, engram = Mlp(model.model, sizes, model.config.initializer_range), None
-    rates = memory or {}
+        model.engram, engram = methods.Mlp(model.model, sizes, model.config.initializer_range), None
+    elif engram:
+        methods.prepare(engram, control, row_size(read_results()) if control == "ruido" else 0.0)
     recipe = SimpleNamespace(
         batch=BATCH, length=LENGTH, seed=seed, accumulate=1, clip=1.0, tokens_per_step=BATCH * LENGTH
     )
+    learned = partial(
+        methods.learn, model, engram, recipe, backbone=everything or (lora or {}).get("rate", 0.0), mlp=mlp,
+        memory=dict(memory or {}, **({"rows": 0.0} if control == "ruido" else {})),
+    )  # fmt: skip
     started = time.perf_counter()
     if steps:
-        if engram and control == "ruido":
-            noise(engram, row_size(read_results()))
-        if control == "sin-conv":
-            for layer in engram.layers.values():
-                layer.conv.requires_grad_(False)
-        if engram:
-            engram.one_row = control == "una-fila"
-        sinkhorn = rates.get("row_state") == "sinkhorn"
-        row_state = "adam" if sinkhorn else rates.get("row_state", "adam")
-        tables = TrainedTables(engram.trainable, row_state) if engram else None
-        for part in tables.parts.values() if sinkhorn else ():
-            part._update = partial(sinkhorn_step, part)
-        backbone = everything or (lora or {}).get("rate", 0.0)
-        optimizer = make_optimizer(
-            model, backbone, mlp or rates.get("dense", 0.0), 0.0 if control == "ruido" else rates.get("rows", 0.0), 0.0,
-            tables=tables,
-        )
         row["dense"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        losses = []
-        run_steps(
-            Accelerator(cpu=True, mixed_precision="bf16"), model, optimizer, SimpleNamespace(train=ids), recipe,
-            steps=steps, label="paso", on_step=lambda step, loss, seconds: losses.append(loss),
+        if control in WARM:
+            learned(ruler.domain("biblioteca", tokenizer)[0], SHORT)
+            if control == "proyecciones":
+                methods.cleared(engram)
+        row["train_loss"] = learned(ids, steps)
+    if steps and engram:
+        touched = {layer: table.weight.any(-1) for layer, table in engram.tables.items()}
+        values = torch.cat([engram.tables[layer].weight[rows] for layer, rows in touched.items()])
+        row |= dict(
+            rows=sum(table.n_rows for table in engram.tables.values()), touched=len(values),
+            touched_values=values.numel(), row_rms=values.square().mean().sqrt().item(),
+            **strength(engram, model, blocks),
         )  # fmt: skip
-        row["train_loss"] = sum(losses[-20:]) / len(losses[-20:])
-        if tables:
-            tables.__exit__(None)
-            touched = {layer: table.weight.any(-1) for layer, table in engram.tables.items()}
-            values = torch.cat([engram.tables[layer].weight[rows] for layer, rows in touched.items()])
-            row |= dict(
-                rows=sum(table.n_rows for table in engram.tables.values()), touched=len(values),
-                touched_values=values.numel(), row_rms=values.square().mean().sqrt().item(),
-                **strength(engram, model, blocks),
-            )  # fmt: skip
-        del optimizer
     row["seconds"] = time.perf_counter() - started
     row["loss"], hits = loss_and_hits(model, blocks)
     known = names_read(tokenizer, ids, steps or SHORT, recipe)
     row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
-    if engram and control in (None, "sin-conv"):
+    if engram and control not in ("ruido", "una-fila"):
         generator = torch.Generator().manual_seed(0)
         for how in ("barajadas", "media"):
-            rearranged(engram, how, generator)  # the mean does not mind that they were shuffled before
+            methods.rearranged(engram, how, generator)  # the mean does not mind that they were shuffled before
             row[how] = loss_and_hits(model, blocks)[0]
-        for table in engram.tables.values():
-            table.weight.data.zero_()
+        methods.cleared(engram)
         row["apagada"] = loss_and_hits(model, blocks)[0]
     return row
 
