@@ -711,46 +711,56 @@ class EngramTable(nn.Module):
             ready = torch.cuda.current_stream(row_ids.device).record_event()
         elif self.weight is None and row_ids.numel() <= FEW_ROWS:
             # To pass them from one thread to another would take longer than to read them.
-            if (rows := self._read(row_ids, self.file.read_cached)) is not None:
-                self._coming = row_ids, (rows, None)
+            if (found := self._stored(row_ids, self.file.read_cached)) is not None:
+                self._coming = row_ids, (found, None)
                 return
         self._coming = row_ids, _reader.submit(self._bring, row_ids, ready)
 
     @torch.no_grad()
     def _bring(self, row_ids, ready=None):
-        """Rows [..., d_head] on the indices' device, each distinct one read once; on a GPU, and when they are there."""
+        """What `_laid_out` needs, and when it is there; on a GPU the rows themselves."""
         if ready is None:
-            return self._read(row_ids), None
+            return self._stored(row_ids), None
         # A new thread stands on the first card, and would open a context there.
         with torch.cuda.device(row_ids.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            return self._read(row_ids), self._stream.record_event()
+            return (self._laid_out(row_ids, *self._stored(row_ids)), None), self._stream.record_event()
 
-    def _read(self, row_ids, cached=None):
-        wanted, device, inverse = row_ids.cpu(), row_ids.device, None  # the one wait for a card
-        if wanted.shape[:-1].numel() > 1:  # the heads of one token never share a row
-            wanted, inverse = wanted.unique(return_inverse=True)
-        rows = cached(wanted.flatten().numpy()) if cached else self._stored(wanted.flatten())
-        if rows is None:
-            return None
-        rows = rows if inverse is not None else rows.view(*wanted.shape, -1)
-        if device.type == "cuda":
-            rows, inverse = (x if x is None else x.pin_memory().to(device, non_blocking=True) for x in (rows, inverse))
-        return unpack(rows if inverse is None else rows[inverse]).to(device)
+    def _stored(self, row_ids, read=None) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Each distinct row once, as stored, and for each index its place among them; none for those of one token.
 
-    def _stored(self, row_ids):
-        return self.file.read(row_ids.numpy()) if self.weight is None else self.weight.detach()[row_ids]
+        By NumPy alone: torch would keep threads at hand for the reader's too, and more threads than cores wait worse.
+        """
+        wanted, inverse = row_ids.cpu().numpy().ravel(), None  # the one wait for a card
+        if wanted.size > row_ids.shape[-1]:  # the heads of one token never share a row
+            wanted, inverse = np.unique(wanted, return_inverse=True)
+            inverse = torch.from_numpy(inverse).view(row_ids.shape)
+        if self.weight is None:
+            rows = (read or self.file.read)(wanted)
+        else:
+            rows = self.weight.detach()[torch.from_numpy(wanted)]
+        return None if rows is None else (rows, inverse)
+
+    def _laid_out(self, row_ids, rows, inverse):
+        """Rows [..., d_head] on the indices' device."""
+        if row_ids.is_cuda:
+            rows, inverse = (
+                x if x is None else x.pin_memory().to(row_ids.device, non_blocking=True) for x in (rows, inverse)
+            )
+        rows = rows.view(*row_ids.shape, -1) if inverse is None else rows[inverse]
+        return unpack(rows).to(row_ids.device)
 
     @torch.compiler.disable(reason="las filas de la memoria están en RAM o en disco; torch.compile las quiere en 'gpu'")
     def _brought(self, row_ids):
         coming, self._coming = self._coming, None
         if coming is None or coming[0] is not row_ids:
-            return self._read(row_ids)
-        rows, there = coming[1] if isinstance(coming[1], tuple) else coming[1].result()
-        if there is not None:
-            stream = torch.cuda.current_stream(rows.device)
-            stream.wait_event(there)
-            rows.record_stream(stream)
+            return self._laid_out(row_ids, *self._stored(row_ids))
+        (rows, inverse), there = coming[1] if isinstance(coming[1], tuple) else coming[1].result()
+        if there is None:
+            return self._laid_out(row_ids, rows, inverse)
+        stream = torch.cuda.current_stream(rows.device)
+        stream.wait_event(there)
+        rows.record_stream(stream)
         return rows
 
     def forward(self, row_ids: torch.LongTensor) -> torch.Tensor:

@@ -557,6 +557,33 @@ def test_opening_a_large_table_reads_next_to_nothing(saved, tmp_path):
     assert float(done.stdout.split()[-1]) < 100  # MB
 
 
+THREADS = """
+import os, sys
+import torch
+from phi1_engram import PhiEngramForCausalLM
+torch.set_num_threads(4)
+torch.randn(2**20).mul_(2)
+ids = torch.arange(8 * 512).view(8, 512) % 200
+for place in ("ram", "disco"):
+    model = PhiEngramForCausalLM.from_pretrained(sys.argv[1], engram_storage=place).eval()
+    before = len(os.listdir("/proc/self/task"))
+    with torch.no_grad():
+        model(ids)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="solo Linux dice los hilos de un proceso")
+def test_the_reader_is_one_thread_without_any_of_torch_s(saved):
+    """In a process of its own. Of a thread that computes with torch come as many more as there are cores."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, saved[1]["int8"]], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(phi1_engram.__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memories that travel
 # ----------------------------------------------------------------------------------------------------------------------
