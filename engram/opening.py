@@ -10,8 +10,10 @@ import re
 import shlex
 import socket
 import sys
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,7 +25,7 @@ from safetensors import SafetensorError
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from engram.memories import MEMORY_FILE, load_memory
-from engram.quantised import BITS, hasten, quantisation
+from engram.quantised import BITS, WholeLinear, hasten, quantisation
 from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM, unpack
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
@@ -302,10 +304,27 @@ def of_demo(name) -> dict:
         return {}
 
 
+def apart(action, *args):
+    """`action(*args)` in a thread that ends. torch keeps threads at hand for every one that has computed, and where
+    they outnumber the cores all wait worse: answers of a second thread took twice as long (tests/bench/threads.py)."""
+    given = Future()
+
+    def run():
+        try:
+            given.set_result(action(*args))
+        except BaseException as error:  # noqa: BLE001  # raised again where it was asked for
+            given.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return given.result()
+
+
 def n_values(model) -> int:
     """Parameters, wherever they live; the rows' scales are not counted."""
     tables = model.model.engram_tables.values()
     dense = sum(p.numel() for name, p in model.named_parameters() if "engram_tables" not in name)
+    packed = (layer for layer in model.modules() if isinstance(layer, WholeLinear))
+    dense += sum(layer.in_features * layer.out_features for layer in packed)
     return dense + sum(table.n_rows * table.d_head for table in tables)
 
 

@@ -6,7 +6,9 @@ The memory's own weights stay as they are (`PhiEngramModel` says so). What was m
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+import functools
 import importlib.util
+import platform
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -15,8 +17,10 @@ from engram.console import UserError
 from phi1_engram import FrozenLinear
 
 BITS = ("no", "int8", "int4")
-# torch's own product of a few rows with 8 bits: no public name yet, and fast with bfloat16 alone (test_quantised.py).
+# torch's own products: no public names yet, and fast with bfloat16 alone (test_quantised.py).
 INT8_PRODUCT = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+INT4_PRODUCT = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
+TINY = torch.finfo(torch.float32).tiny
 FEW = 8  # rows: of more, the weights turned into bfloat16 make a faster product
 
 
@@ -85,9 +89,89 @@ class Int8Linear(FrozenLinear):
         return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+class WholeLinear(FrozenLinear):
+    """A layer of 8 bit weights, one scale a row, multiplied as whole numbers, which processors with VNNI are made for.
+
+    x is s (a + b / 254), a and b whole and of 8 bits, s a row's own: 16 bits in all, more than bfloat16's 8. Both are
+    rows of one product, which for a few rows takes as long as for one: reading the weights is what takes the time.
+    """
+
+    @classmethod
+    def take(cls, layer: torch.nn.Linear, whole: torch.Tensor, scale: torch.Tensor):
+        """Make of `layer` one with the weights `whole`, int8 [out, in], times `scale` [out]."""
+        layer.dtype = layer.weight.dtype
+        del layer.weight  # the packed ones are enough
+        layer.packed, layer.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale.float().flatten()
+        # The product takes numbers from 0 to 255: a and b are raised by 128, and this is what that adds.
+        layer.raised = 128 * (1 + 1 / 254) * whole.sum(1, dtype=torch.int32).float() * layer.scale
+        layer.__class__ = cls
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantised [out, in], for what needs a derivative."""
+        return (self.packed.to_dense().T.float() * self.scale[:, None]).to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).div_(127).clamp_min_(TINY)
+        rest = rows / step
+        first = rest.round()
+        both = torch.cat([first, rest.sub_(first).mul_(254)]).add_(128.5).to(torch.uint8)  # cut off, hence the half
+        first, rest = whole_product(both, self.packed, self.scale).chunk(2)
+        product = first.add_(rest, alpha=1 / 254).sub_(self.raised)
+        product = product.mul_(step) if self.bias is None else torch.addcmul(self.bias, product, step)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def whole_product(rows, packed, scale) -> torch.Tensor:
+    """uint8 [n, in] and packed int8 weights -> float32 [n, out]. oneDNN's, which torch gives no public name."""
+    zeros = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def has_whole_products() -> bool:
+    """Whether torch has the product and this processor makes it exactly: without VNNI its sums are cut at 16 bits."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    rows, weight = torch.full((2, 512), 255, dtype=torch.uint8), torch.full((512, 512), 127, dtype=torch.int8)
+    try:
+        product = whole_product(rows, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512))
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((product == 255 * 127 * 512).all())
+
+
+class Int4Linear(FrozenLinear):
+    """A layer whose weight is torchao's Int4OpaqueTensor: its own product, without what torchao asks on the way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return super().forward(x)
+        weight = self.weight
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+        product = INT4_PRODUCT(rows, weight.qdata, weight.block_size[-1], weight.scale_and_zero)
+        product = product if self.bias is None else product + self.bias
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def hasten(model):
-    """Compute with torchao's 8 bit weights on a CPU as fast as they can be read."""
-    for module in model.modules():
-        if isinstance(module, FrozenLinear) and type(module.weight).__name__ == "Int8Tensor":
+    """Compute with torchao's weights on a CPU as fast as they can be read. With 4 bits the head gets 8: it is read
+    whole for each token."""
+    for module in list(model.modules()):
+        kind = type(module.weight).__name__ if isinstance(module, FrozenLinear) else None
+        if kind == "Int8Tensor" and has_whole_products():
+            WholeLinear.take(module, module.weight.qdata, module.weight.scale)
+        elif kind == "Int8Tensor":
             module.__class__ = Int8Linear
+        elif kind == "Int4OpaqueTensor" and INT4_PRODUCT is not None:
+            module.__class__ = Int4Linear
+            head = model.lm_head
+            if type(head) is torch.nn.Linear and not model.config.tie_word_embeddings and has_whole_products():
+                scale = head.weight.float().abs().amax(-1, keepdim=True) / 127
+                WholeLinear.take(head, (head.weight / scale).round().to(torch.int8), scale)
     return model

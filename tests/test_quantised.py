@@ -5,6 +5,10 @@ What needs torchao or bitsandbytes is skipped without it. The mate check itself 
 
 import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +22,14 @@ from engram.checks import verify
 from engram.console import UserError
 from engram.facts import teach
 from engram.memories import load_memory, save_memory
-from engram.opening import open_model
+from engram.opening import n_values, open_model
 from phi1_engram import EngramFileError, FrozenLinear, PhiEngramForCausalLM, dequantised, from_torchao
 
 PLAIN = dict(hidden_size=64, intermediate_size=128)
+WIDE = dict(  # enough for a fact
+    attn="sdpa", engram_tokenizer_compression=True, vocab_size=51200, hidden_size=128, intermediate_size=256,
+    n_embed_per_ngram=64,
+)  # fmt: skip
 
 
 def ao(kind, **kw):
@@ -201,10 +209,7 @@ def test_rows_alone_are_trained_on_a_frozen_backbone(saved, way):
 
 @pytest.mark.parametrize("way", ways())
 def test_facts_are_taught_and_those_from_before_come_along(tmp_path, tokenizer, way):
-    model = helpers.make_model(
-        tokenizer=tokenizer, attn="sdpa", engram_tokenizer_compression=True, vocab_size=51200, hidden_size=128,
-        intermediate_size=256, n_embed_per_ngram=64,
-    )  # fmt: skip
+    model = helpers.make_model(tokenizer=tokenizer, **WIDE)
     teach(model, tokenizer, "The capital of Zubrowka is", " Lutz.", reference=False)
     model.save_pretrained(tmp_path)
     save_memory(model, tmp_path / "memory")
@@ -230,29 +235,82 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+
+
+@pytest.fixture(params=[True, False], ids=["whole", "by bfloat16"])
+def whole(request, monkeypatch):
+    """Whether 8 bits are multiplied as whole numbers; not on a processor that cannot."""
+    if request.param and not quantised.has_whole_products():
+        pytest.skip("este procesador no tiene VNNI")
+    monkeypatch.setattr(quantised, "has_whole_products", lambda: request.param)
+    return request.param
+
+
+@needs_torchao
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", torch.float32), ("int4", torch.bfloat16)])
-def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, dtype, capsys):
+def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, dtype, whole, capsys):
     model, tokenizer = open_model(folder, torch.float32, "cpu", quantised=kind)
-    assert model.dtype == dtype and from_torchao(model.model.layers[0].mlp.fc1.weight)
-    assert from_torchao(model.lm_head.weight) == (kind == "int8")
+    layers = {"int8": quantised.WholeLinear if whole else quantised.Int8Linear, "int4": quantised.Int4Linear}
+    assert model.dtype == dtype and type(model.model.layers[0].mlp.fc1) is layers[kind]
+    heads = {True: quantised.WholeLinear, False: quantised.Int8Linear if kind == "int8" else nn.Linear}
+    assert type(model.lm_head) is heads[whole]
+    assert n_values(model) == n_values(PhiEngramForCausalLM.from_pretrained(folder))
     assert verify(model, tokenizer), capsys.readouterr().out
     assert "7 comprobaciones; sin comprobar: paso 6" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+@needs_torchao
 @pytest.mark.parametrize("rows", [1, quantised.FEW, quantised.FEW + 1])
-def test_int8_products_are_those_of_the_weights_dequantised(folder, rows):
-    """By torch's product without a public name for few rows. Where it is gone, this says so, and the other serves."""
+def test_int8_products_are_those_of_the_weights_dequantised(folder, rows, whole):
+    """By torch's products without a public name. Where they are gone, this says so, and another way serves."""
     assert quantised.INT8_PRODUCT is not None
     model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
     layer, x = model.model.layers[0].mlp.fc2, torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0))
-    assert type(layer) is quantised.Int8Linear and type(model.lm_head) is quantised.Int8Linear
+    x[0, 0, 0] = 30
+    weight = dequantised(layer.weight).double()
     with torch.no_grad():
-        expected = nn.functional.linear(x, dequantised(layer.weight), layer.bias)
-        assert layer(x).dtype == x.dtype
-        # bfloat16's rounding, of x and of the product: 2**-9 of each
-        torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7)
+        expected, product = x.double() @ weight.T + layer.bias, layer(x)
+        assert product.dtype == x.dtype and torch.equal(layer(x[:, :1]), product[:, :1]) | (not whole)
+        # By whole numbers x is off by half of one of 127 * 254 steps at most; by bfloat16 by 2**-9 of itself, and so
+        # is the product. float32's own rounding comes to both.
+        off = x.abs().amax(-1, keepdim=True) / (127 * 508) if whole else x.abs() * 2**-9
+        bound = off.double().expand_as(x) @ weight.abs().T + (1e-6 if whole else 2**-9) * (1 + expected.abs())
+        assert ((product - expected).abs() <= 1.01 * bound).all()
+        assert torch.equal(layer(torch.zeros(1, 128)), layer.bias[None])
+        assert layer(torch.full((1, 128), torch.nan)).isnan().all()
+
+
+@needs_torchao
+def test_int4_products_are_torchaos(folder):
+    assert quantised.INT4_PRODUCT is not None
+    model, _ = open_model(folder, torch.float32, "cpu", quantised="int4")
+    layer, x = model.model.layers[0].mlp.fc2, torch.randn(2, 5, 128).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_processor_that_cuts_sums_off_is_found_out():
+    """oneDNN as it computes without VNNI, where 16 bits hold a sum of two products."""
+    code = "from engram.quantised import has_whole_products as has; print(has())"
+    limited = dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2", PYTHONPATH=str(Path(quantised.__file__).parents[1]))
+    run = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+@needs_torchao
+def test_a_chat_in_few_bits_learns_facts_that_other_precisions_take(tmp_path, tokenizer, whole):
+    """`whole`: the gradient goes through weights that are kept packed."""
+    helpers.make_model(tokenizer=tokenizer, **WIDE).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = open_model(tmp_path, torch.float32, "cpu", quantised="int8")
+    layer, x = model.model.layers[0].mlp.fc2, torch.randn(2, 256, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, dequantised(layer.weight).sum(0).expand(2, -1), rtol=1e-5, atol=1e-6)
+    teach(model, tokenizer, "The capital of Zubrowka is", " Lutz.", reference=False)
+    model.save_facts(tmp_path)
+    exact, _ = open_model(tmp_path, torch.float32, "cpu")
+    assert [fact.target for fact in exact.facts] == [" Lutz."]
 
 
 def test_what_is_missing_is_said_with_the_line_that_mends_it(folder, monkeypatch):
@@ -268,14 +326,14 @@ def test_quantised_twice_is_refused():
         quantised.quantisation("int4", {"quantization_config": {}}, on_card=False)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+@needs_torchao
 def test_widths_that_fit_no_group_are_refused():
     with pytest.raises(UserError, match=r"\[48, 100\] no son múltiplos de 32. Usa int8"):
         quantised.on_a_cpu("int4", dict(hidden_size=48, intermediate_size=100))
     assert math.gcd(2048, 8192) % quantised.on_a_cpu("int4", PLAIN)["quantization_config"].quant_type.group_size == 0
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="pip install torchao")
+@needs_torchao
 def test_a_quantised_phi_is_not_trained_and_says_what_is(folder):
     model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
     with pytest.raises(UserError, match="está cuantizado y así no se entrena.*--cambiar-memoria"):

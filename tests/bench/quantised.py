@@ -2,11 +2,13 @@
 
     python tests/bench/quantised.py                      # 3 layers of Phi-1's width, and as much less of its vocabulary
     python tests/bench/quantised.py --layers 24 --apart  # Phi-1's whole shape: 6 GB on the disk, one model at a time
+    python tests/bench/quantised.py --llama              # beside llama.cpp too, of the same weights (bench/llama.py)
     python tests/bench/quantised.py --loss 300           # what a small model loses that is trained here in float32
 
-Random weights, an untrained memory in RAM, batch 1. With few layers all models are open together and each decodes a
-token in turn; with many (--apart) one after the other. Medians with quartiles, of wall and of process time: the second
-tells more where other programs run. Torchao's and bitsandbytes' kernels are loaded by `quantisation`'s own keywords.
+Random weights, an untrained memory in RAM where nothing else is said, batch 1. With few layers all models are open
+together and each decodes a token in turn; with many (--apart) one after the other. Medians with quartiles, of wall and
+of process time: the second tells more where other programs run. Torchao's and bitsandbytes' kernels are loaded by
+`quantisation`'s own keywords.
 """
 
 import argparse
@@ -24,10 +26,13 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig, PhiConfig, PhiForCausalLM, TorchAoConfig
 
-from engram.quantised import hasten, on_a_cpu
+from bench.llama import KINDS, LlamaDecoding, quantise, write_gguf
+from bench.speed import Variant, write_tables
+from engram.quantised import WholeLinear, hasten, on_a_cpu
 from phi1_engram import CACHE, PhiEngramConfig, PhiEngramForCausalLM, from_torchao
 
 MEMORY = dict(engram_vocab_size=[997, 997], engram_tokenizer_compression=False)
+ROWS = 64_000  # per head, where the memory's rows are in files
 
 
 def rounded_inputs():
@@ -52,11 +57,21 @@ def ways(shape: dict) -> dict:
     def plain(dtype):
         return lambda folder: PhiForCausalLM.from_pretrained(folder, dtype=dtype)
 
+    def stored(place, precision):
+        def way(folder):
+            model, rows = ours()(folder), Path(folder, f"{place}-{precision}")
+            write_tables(model, rows, ROWS, getattr(torch, precision))
+            return Variant(model, rows, ROWS, place)()
+
+        return way
+
     return {
         "Phi float32": plain(torch.float32), "Phi bfloat16": plain(torch.bfloat16),
         "nuestro float32": ours(), "nuestro bfloat16": ours(dtype=torch.bfloat16),
+        **{f"filas {precision}, {place}": stored(place, precision)
+           for precision in ("float32", "int8") for place in ("ram", "disco")},
         "int8 (--cuantizar)": lambda folder: hasten(ours(**on_a_cpu("int8", shape))(folder)),
-        "int4 (--cuantizar)": lambda folder: ours(**on_a_cpu("int4", shape))(folder),
+        "int4 (--cuantizar)": lambda folder: hasten(ours(**on_a_cpu("int4", shape))(folder)),
         "int8 torchao solo": lambda folder: ours(**on_a_cpu("int8", shape), dtype=torch.bfloat16)(folder),
         "int8 dinámico": lambda folder: ours(**rounded_inputs())(folder),
         "nf4 bitsandbytes": lambda folder: ours(**four_bits())(folder),
@@ -66,10 +81,15 @@ def ways(shape: dict) -> dict:
 class Decoding:
     """A model that goes on with a text, a token at a time."""
 
-    def __init__(self, model, prompt: int):
-        self.model, ids = model.eval(), torch.arange(prompt)[None] % model.config.vocab_size
-        clock = time.perf_counter()
-        output = model(ids, use_cache=True, logits_to_keep=1)
+    def __init__(self, model, ids: torch.Tensor):
+        """`ids`: int64 [T]."""
+        self.model = model.eval()
+        state = model.state_dict()
+        self.n_bytes = sum(n_bytes(tensor) for key, tensor in state.items() if "engram_tables" not in key)
+        self.n_bytes += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, WholeLinear))
+        for _ in range(2):  # the first reads the weights from the disk
+            clock = time.perf_counter()
+            output = model(ids[None], use_cache=True, logits_to_keep=1)
         self.prefill, self.past, self.times = time.perf_counter() - clock, output[CACHE], []
         self.token = output.logits.argmax(-1)
 
@@ -80,6 +100,23 @@ class Decoding:
         self.past, self.token = output[CACHE], output.logits.argmax(-1)
 
 
+def in_llama(model, ids, folder, threads: int) -> dict:
+    """{name: opens the same weights in llama.cpp}, and how far its float32 is from transformers'."""
+    whole = Path(folder, "F32.gguf")
+    write_gguf(model, whole)
+    exact, found = model.eval()(ids[None]).logits[0, -1], {}
+    for kind in KINDS:
+        path = whole.with_stem(kind)
+        if path != whole:
+            quantise(whole, path, kind)
+        found[f"llama.cpp {kind}"] = lambda path=path: LlamaDecoding(path, ids, threads)
+    first = found["llama.cpp F32"]()
+    gap = (torch.from_numpy(first.logits) - exact).abs().max() / exact.std()
+    print(f"llama.cpp F32 y Phi float32: se separan {gap:.1e} desviaciones de sus logits")
+    first.close()
+    return found
+
+
 def n_bytes(tensor) -> int:
     """Of what a tensor keeps, torchao's too, which says the size that it had."""
     if not from_torchao(tensor):
@@ -87,10 +124,8 @@ def n_bytes(tensor) -> int:
     return sum(part.nbytes for part in map(vars(tensor).get, type(tensor).tensor_data_names))
 
 
-def told(name: str, decoding: Decoding, prompt: int):
-    state = decoding.model.state_dict()
-    size = sum(n_bytes(tensor) for key, tensor in state.items() if "engram_tables" not in key)
-    line = f"{name:20s}{size / 1e9:7.2f} GB"
+def told(name: str, decoding: Decoding | LlamaDecoding, prompt: int):
+    line = f"{name:20s}{decoding.n_bytes / 1e9:7.2f} GB"
     for kind, times in zip(("reloj", "proceso"), zip(*decoding.times[2:])):
         low, middle, high = statistics.quantiles(times, n=4)
         line += f"   {kind} {middle:8.2f} ms [{low:.2f}, {high:.2f}]"
@@ -133,6 +168,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--apart", action="store_true", help="one model after the other")
+    parser.add_argument("--llama", action="store_true", help="beside llama.cpp, which must be installed")
     parser.add_argument("--only", nargs="*", help="parts of the names of those to be measured")
     parser.add_argument("--folder", help="where the weights are written; by default a temporary folder")
     parser.add_argument("--loss", type=int, metavar="STEPS", help="train a small model for so long, and measure it")
@@ -148,17 +184,25 @@ def main():
         num_hidden_layers=options.layers, num_attention_heads=32, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} hilos, {shape}")
+    ids = torch.arange(options.prompt) % shape["vocab_size"]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        PhiForCausalLM(PhiConfig(**shape)).save_pretrained(folder)
+        model = PhiForCausalLM(PhiConfig(**shape))
+        model.save_pretrained(folder)
+        openers = {name: lambda way=way: Decoding(way(folder), ids) for name, way in ways(shape).items()}
+        if options.llama:
+            openers |= in_llama(model, ids, folder, options.threads)
+        del model
         opened = {}
-        for name, way in ways(shape).items():
+        for name, opener in openers.items():
             if options.only and not any(part in name for part in options.only):
                 continue
-            decoding = Decoding(way(folder), options.prompt)
+            decoding = opener()
             if options.apart:
                 for _ in range(options.tokens):
                     decoding.step()
                 told(name, decoding, options.prompt)
+                if isinstance(decoding, LlamaDecoding):
+                    decoding.close()
                 del decoding
                 gc.collect()
             else:
