@@ -35,7 +35,7 @@ try:
     )
     from engram.conversation import LOOPED, TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
-    from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
+    from engram.opening import about_memory, add_memory_options, add_quantising_option, apart, n_values, open_model
     from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, obey_facts, order
     from engram.page import check_place, show_page
 except ImportError as error:
@@ -359,7 +359,9 @@ def main(argv=None) -> int:
     if options.servir is not None:
         from engram.server import serve  # optional packages, missed before a model is opened
 
-    model, tokenizer = open_for_chat(name, note, options.memoria, options.cambiar_memoria, options.cuantizar)
+    elsewhere = options.pagina is not None or options.servir is not None  # answers come from other threads
+    how = (name, note, options.memoria, options.cambiar_memoria, options.cuantizar)
+    model, tokenizer = apart(open_for_chat, *how) if elsewhere else open_for_chat(*how)
     if options.servir is not None:
         key = os.environ[options.clave_de] if options.clave_de else None
         answers = (options.max_tokens, options.temperatura, options.semilla, options.recuerdos)

@@ -17,6 +17,7 @@ from html import escape
 from engram.console import UserError, guarded, spanish
 from engram.conversation import Chat
 from engram.facts import described
+from engram.opening import apart
 from engram.teaching import told
 
 VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", " ": "·"})
@@ -95,7 +96,7 @@ class Visit:
                 action(chat)
 
         try:
-            guarded(say, work)
+            guarded(say, lambda: apart(work))
         except KeyboardInterrupt:
             say("⏹️ Respuesta cortada.")
         except Exception as error:

@@ -22,6 +22,7 @@ from engram import page, triggers, visits
 from engram.console import UserError, run_script
 from engram.conversation import Chat
 from engram.memories import remove_memory
+from engram.opening import apart
 from engram.trial import tokenizer_on_the_spot
 
 SCRIPT = Path(chat_script.__file__)
@@ -193,6 +194,21 @@ def test_what_goes_wrong_is_a_sentence_and_the_visit_lives_on(model, two, monkey
     assert "Semilla «x»" in answer_of(visit, "hola", *SAY[:4], "x")[-1]
     assert "Aún no has preguntado nada" in visits.compared(two[1], "", *SAY)[2]
     assert len(answer_of(visit, "hola")) == 11 and visits.compared(visit, "", *SAY)[0]
+
+
+def test_the_model_works_in_threads_that_end(two):
+    """Of each thread that stays torch keeps others, which slow the rest."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    before, at_work = threading.active_count(), []
+    two[0].attempt(print, lambda chat: at_work.append(threading.current_thread()))
+    assert at_work[0] is not threading.current_thread() and not at_work[0].is_alive()
+    assert threading.active_count() == before
+    with pytest.raises(KeyboardInterrupt):
+        apart(interrupted)
+    assert apart(divmod, 7, 2) == (3, 1)
 
 
 def test_comparing(two, tokenizer, model):
@@ -431,9 +447,15 @@ def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
         assert "Phi con memoria Engram" in httpx.get(seen[0], timeout=60).text
         raise KeyboardInterrupt
 
+    def opened(*how):
+        openers.append(threading.current_thread())
+        return opening(*how)
+
+    opening, openers = chat_script.open_for_chat, []
+    monkeypatch.setattr(chat_script, "open_for_chat", opened)
     monkeypatch.setattr(page, "time", types.SimpleNamespace(sleep=sleep))
     assert chat_script.main(["--modelo", str(tmp_path), "--pagina"]) == 0
-    assert capsys.readouterr().out == "Página cerrada.\n"
+    assert capsys.readouterr().out == "Página cerrada.\n" and not openers[0].is_alive()
     with pytest.raises(httpx.ConnectError):
         httpx.get(seen[0], timeout=60)
 
