@@ -153,7 +153,7 @@ def losses(steps: int, folder: str):
     model.save_pretrained(folder)
     held, exact = data[1][: 16 * 256].view(4, 4, 256), None
     for name, way in ways(shape).items():
-        if not name.startswith("Phi"):
+        if not name.startswith(("Phi", "filas")):
             with torch.no_grad():
                 loss = sum(way(folder)(ids, labels=ids).loss.item() for ids in held) / len(held)
             exact = exact or loss
