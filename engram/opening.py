@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from engram.memories import MEMORY_FILE, load_memory
-from engram.quantised import BITS, WholeLinear, hasten, quantisation
+from engram.quantised import BITS, hasten, quantisation
 from phi1_engram import PHI_1, PLACES, EngramFileError, PhiEngramConfig, PhiEngramForCausalLM, unpack
 
 # Otherwise transformers asks a server to convert pickled weights; here they are refused.
@@ -323,8 +323,6 @@ def n_values(model) -> int:
     """Parameters, wherever they live; the rows' scales are not counted."""
     tables = model.model.engram_tables.values()
     dense = sum(p.numel() for name, p in model.named_parameters() if "engram_tables" not in name)
-    packed = (layer for layer in model.modules() if isinstance(layer, WholeLinear))
-    dense += sum(layer.in_features * layer.out_features for layer in packed)
     return dense + sum(table.n_rows * table.d_head for table in tables)
 
 

@@ -101,7 +101,8 @@ class WholeLinear(FrozenLinear):
         """Make of `layer` one with the weights `whole`, int8 [out, in], times `scale` [out]."""
         layer.dtype = layer.weight.dtype
         del layer.weight  # the packed ones are enough
-        layer.packed, layer.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale.float().flatten()
+        packed = torch.ops.onednn.qlinear_prepack(whole, None)
+        layer.packed, layer.scale = torch.nn.Parameter(packed, requires_grad=False), scale.float().flatten()
         # The product takes numbers from 0 to 255: a and b are raised by 128, and this is what that adds.
         layer.raised = 128 * (1 + 1 / 254) * whole.sum(1, dtype=torch.int32).float() * layer.scale
         layer.__class__ = cls

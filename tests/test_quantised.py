@@ -22,7 +22,7 @@ from engram.checks import verify
 from engram.console import UserError
 from engram.facts import teach
 from engram.memories import load_memory, save_memory
-from engram.opening import n_values, open_model
+from engram.opening import n_values, open_model, phi_size
 from phi1_engram import EngramFileError, FrozenLinear, PhiEngramForCausalLM, dequantised, from_torchao
 
 PLAIN = dict(hidden_size=64, intermediate_size=128)
@@ -255,7 +255,8 @@ def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, 
     assert model.dtype == dtype and type(model.model.layers[0].mlp.fc1) is layers[kind]
     heads = {True: quantised.WholeLinear, False: quantised.Int8Linear if kind == "int8" else nn.Linear}
     assert type(model.lm_head) is heads[whole]
-    assert n_values(model) == n_values(PhiEngramForCausalLM.from_pretrained(folder))
+    exact = PhiEngramForCausalLM.from_pretrained(folder)
+    assert n_values(model) == n_values(exact) and phi_size(model) == phi_size(exact)
     assert verify(model, tokenizer), capsys.readouterr().out
     assert "7 comprobaciones; sin comprobar: paso 6" in capsys.readouterr().out
 

@@ -28,7 +28,7 @@ from transformers import BitsAndBytesConfig, PhiConfig, PhiForCausalLM, TorchAoC
 
 from bench.llama import KINDS, LlamaDecoding, quantise, write_gguf
 from bench.speed import Variant, write_tables
-from engram.quantised import WholeLinear, hasten, on_a_cpu
+from engram.quantised import hasten, on_a_cpu
 from phi1_engram import CACHE, PhiEngramConfig, PhiEngramForCausalLM, from_torchao
 
 MEMORY = dict(engram_vocab_size=[997, 997], engram_tokenizer_compression=False)
@@ -86,7 +86,6 @@ class Decoding:
         self.model = model.eval()
         state = model.state_dict()
         self.n_bytes = sum(n_bytes(tensor) for key, tensor in state.items() if "engram_tables" not in key)
-        self.n_bytes += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, WholeLinear))
         for _ in range(2):  # the first reads the weights from the disk
             clock = time.perf_counter()
             output = model(ids[None], use_cache=True, logits_to_keep=1)
