@@ -65,9 +65,14 @@ def advice(model) -> str:
             f"   Prueba: {example}"
         )
     who = "Phi-1" if model.config.tokenizer_name_or_path == PHI_1 else "este Phi"
+    slow = model.device.type == "cpu" and not getattr(model, "is_quantized", False)
+    faster = (
+        "\n   En una CPU contesta antes con --cuantizar int8 (hace falta: pip install torchao), aunque ya no es "
+        "exactamente el mismo."
+    )
     return (
         f"Consejo: {who} es un modelo base que completa código, no un asistente. Hazle preguntas directas, o escribe "
-        "«código» y dale el principio de una función para que la complete."
+        f"«código» y dale el principio de una función para que la complete.{faster if slow else ''}"
     )
 
 

@@ -340,7 +340,9 @@ def test_a_toy_is_called_one_and_completes_code(model, monkeypatch, tmp_path):
     assert not is_toy(model) and suited(model, None, None) == (False, 0.2) and suited(model, True, None)[0]
     assert advice(model).startswith("Consejo: Phi-1 es un modelo base")
     monkeypatch.setattr(model.config, "tokenizer_name_or_path", "microsoft/phi-2")
-    assert advice(model).startswith("Consejo: este Phi es")
+    assert advice(model).startswith("Consejo: este Phi es") and "--cuantizar int8" in advice(model)
+    monkeypatch.setattr(model, "is_quantized", True, raising=False)
+    assert "--cuantizar" not in advice(model)
 
 
 @pytest.mark.parametrize(
