@@ -163,8 +163,8 @@ class Int4Linear(FrozenLinear):
 def hasten(model):
     """Compute with torchao's weights on a CPU as fast as they can be read. With 4 bits the head gets 8: it is read
     whole for each token."""
-    for module in list(model.modules()):
-        kind = type(module.weight).__name__ if isinstance(module, FrozenLinear) else None
+    for module in model.modules():
+        kind = type(module.weight).__name__ if type(module) is FrozenLinear else None
         if kind == "Int8Tensor" and has_whole_products():
             WholeLinear.take(module, module.weight.qdata, module.weight.scale)
         elif kind == "Int8Tensor":
@@ -173,6 +173,6 @@ def hasten(model):
             module.__class__ = Int4Linear
             head = model.lm_head
             if type(head) is torch.nn.Linear and not model.config.tie_word_embeddings and has_whole_products():
-                scale = head.weight.float().abs().amax(-1, keepdim=True) / 127
+                scale = head.weight.float().abs().amax(-1, keepdim=True).clamp_min(TINY) / 127
                 WholeLinear.take(head, (head.weight / scale).round().to(torch.int8), scale)
     return model
