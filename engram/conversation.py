@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from engram.console import UserError, counted, spanish
-from engram.facts import facts_read
+from engram.facts import NoChance, facts_read
 from engram.graft import CHAT_TEMPLATE
 from engram.hooks import gate_values
 from engram.opening import is_toy
@@ -360,8 +360,9 @@ class Chat:
         try:
             with self.using(memory):
                 self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer]
-                )
+                    ids, attention_mask=torch.ones_like(ids), generation_config=self.plan(), stopping_criteria=[answer],
+                    logits_processor=[NoChance(self.model)],
+                )  # fmt: skip
         except KeyboardInterrupt:
             answer.cut = True
         answer.finish()

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessor
 
 from engram.console import spanish
 from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, padded, wished
-from phi1_engram import CACHE, Fact
+from phi1_engram import CACHE, LONGEST_KEY, Fact
 
 MARGIN = 2.0  # nats by which each token of the answer has to lead
 STEPS = 100  # at most: wide rows take ten, narrow ones, as the demo's, eighty
@@ -322,3 +323,20 @@ def facts_read(model, ids) -> torch.Tensor:
             width = overlay.rows.shape[-1]
             found |= overlay(nothing.expand(*ids.shape, 1, width), windows)[..., 0, 0].isfinite()
     return found
+
+
+class NoChance(LogitsProcessor):
+    """Where a fact speaks nothing is drawn: of the next token's scores the greatest alone stays.
+
+    A fact leads, by less than it takes to be drawn each time: beside a small model's flat scores it may have a third.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """ids [B, T] and scores [B, V] of what follows them -> scores [B, V]."""
+        if not (self.model.facts and self.model.base_model.use_memory):
+            return scores
+        spoken = facts_read(self.model, input_ids[:, -LONGEST_KEY:])[:, -1:]
+        return scores.masked_fill(spoken & (scores < scores.amax(-1, keepdim=True)), -torch.inf)

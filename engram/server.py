@@ -21,6 +21,7 @@ import torch
 
 from engram.console import UserError, out_of_memory
 from engram.conversation import Answer, Chat, suited
+from engram.facts import NoChance
 from engram.graft import CHAT_TEMPLATE
 
 try:
@@ -218,8 +219,9 @@ class Job(GenerationState):
         answer = Answer(chat.tokenizer, ids, self.code, show, stops=self.stops)
         torch.manual_seed(self.seed % 2**63)
         chat.model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=plan, stopping_criteria=[answer]
-        )
+            ids, attention_mask=torch.ones_like(ids), generation_config=plan, stopping_criteria=[answer],
+            logits_processor=[NoChance(chat.model)],
+        )  # fmt: skip
         answer.finish()
         self.total_tokens = answer.ids.shape[1] - answer.prompt_length
         return answer

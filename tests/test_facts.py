@@ -18,7 +18,7 @@ import helpers
 import load_phi_engram as load
 import phi1_engram
 from engram.console import UserError, run_script
-from engram.facts import described, forget, teach
+from engram.facts import NoChance, described, forget, teach
 from engram.memories import remove_memory
 from engram.triggers import FactError
 from phi1_engram import EngramFacts, Fact, PhiEngramForCausalLM
@@ -437,6 +437,18 @@ def test_a_folder_that_cannot_keep_them_loses_nothing(tokenizer, tmp_path, monke
                    monkeypatch, capsys, kept_in=tmp_path / "míos")  # fmt: skip
     assert "❌ No se ha podido guardar en" in said.err and "Vale en este chat" in said.err
     assert "Olga." in said.out and (tmp_path / "míos" / "engram_facts.json").read_bytes() == before
+
+
+def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):
+    """However warm: only what follows a fact is drawn; silenced with the memory, all is."""
+    model, asked = fresh(tokenizer), "La capital de Zubrowka es"
+    lines = [f"aprende {asked} => Lutz", *[asked] * 4, "memoria no", *[asked] * 2]
+    said = said_in(lines, model, tokenizer, monkeypatch, capsys, temperature=5.0, max_tokens=8)
+    assert said.out.count("Lutz.") == 4
+    drawn = model.generate(
+        ids_of(tokenizer, asked), do_sample=True, temperature=5.0, max_new_tokens=2, logits_processor=[NoChance(model)]
+    )
+    assert tokenizer.decode(drawn[0]).startswith(f"{asked} Lutz")
 
 
 def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):
