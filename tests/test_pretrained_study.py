@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from study import methods, pretrained
@@ -167,7 +168,15 @@ def test_a_sinkhorn_step_has_the_rates_size_and_skips_what_has_no_gradient():
     torch.testing.assert_close(moved[4:].square().mean(-1).sqrt(), torch.full((26,), 0.09), rtol=1e-5, atol=0)
 
 
-def test_a_memory_learns_with_its_gate_open_and_its_rows_cleared(llama):
+@pytest.fixture
+def own_accelerator():
+    """accelerate keeps one precision for the whole process; the study's is not that of other tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_memory_learns_with_its_gate_open_and_its_rows_cleared(llama, own_accelerator):
     llama.requires_grad_(False)
     engram = pretrained.graft(llama, None, **SMALL)
     methods.prepare(engram, "sin-puerta", 0.0)

@@ -560,16 +560,15 @@ def test_opening_a_large_table_reads_next_to_nothing(saved, tmp_path):
 THREADS = """
 import os, sys
 import torch
-from phi1_engram import PhiEngramForCausalLM
+import phi1_engram
 torch.set_num_threads(4)
 torch.randn(2**20).mul_(2)
 ids = torch.arange(8 * 512).view(8, 512) % 200
 for place in ("ram", "disco"):
-    model = PhiEngramForCausalLM.from_pretrained(sys.argv[1], engram_storage=place).eval()
-    before = len(os.listdir("/proc/self/task"))
+    model = phi1_engram.PhiEngramForCausalLM.from_pretrained(sys.argv[1], engram_storage=place).eval()
     with torch.no_grad():
         model(ids)
-    print(len(os.listdir("/proc/self/task")) - before)
+    print(len(phi1_engram._reader._threads), len(os.listdir("/proc/self/task")))
 """
 
 
@@ -581,7 +580,8 @@ def test_the_reader_is_one_thread_without_any_of_torch_s(saved):
         env={**os.environ, "PYTHONPATH": str(Path(phi1_engram.__file__).parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "1"]
+    none, before, one, after = map(int, done.stdout.split())
+    assert (none, one) == (0, 1) and after <= before + 1  # fewer where one of the loader's has ended since
 
 
 # ----------------------------------------------------------------------------------------------------------------------
