@@ -305,8 +305,8 @@ def of_demo(name) -> dict:
 
 
 def apart(action, *args):
-    """`action(*args)` in a thread that ends. torch keeps threads at hand for every one that has computed, and where
-    they outnumber the cores all wait worse: answers of a second thread took twice as long (tests/bench/threads.py)."""
+    """`action(*args)` in a thread that ends. torch keeps threads at hand for every one that has computed, and more
+    threads than cores wait worse: a token of a second thread takes 1.7 times as long (tests/bench/threads.py)."""
     given = Future()
 
     def run():

@@ -20,7 +20,6 @@ BITS = ("no", "int8", "int4")
 # torch's own products: no public names yet, and fast with bfloat16 alone (test_quantised.py).
 INT8_PRODUCT = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
 INT4_PRODUCT = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
-TINY = torch.finfo(torch.float32).tiny
 FEW = 8  # rows: of more, the weights turned into bfloat16 make a faster product
 
 
@@ -70,8 +69,8 @@ def on_a_cpu(kind: str, config: dict) -> dict:
     return {"quantization_config": TorchAoConfig(how), "dtype": torch.bfloat16}
 
 
-class Int8Linear(FrozenLinear):
-    """A layer whose weight is torchao's Int8Tensor, one scale a row: x rounded to bfloat16, in which 8 bits are exact.
+class HastenedLinear(FrozenLinear):
+    """A layer of torchao's with a product of its own: `product`, of rows [n, in] -> [n, out], without the bias.
 
     torchao's own products take on a CPU as long as float32's, or longer: they turn the weights into floats each time.
     """
@@ -79,18 +78,33 @@ class Int8Linear(FrozenLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return super().forward(x)
-        rows, whole = x.reshape(-1, x.shape[-1]).bfloat16(), self.weight.qdata
-        if len(rows) <= FEW and INT8_PRODUCT is not None:
-            product = INT8_PRODUCT(rows.contiguous(), whole, rows.new_ones(len(whole)))
-        else:
-            product = rows @ whole.bfloat16().T
-        product = product.float() * self.weight.scale.flatten()
+        product = self.product(x.reshape(-1, x.shape[-1]))
         product = product if self.bias is None else product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-class WholeLinear(FrozenLinear):
-    """A layer of 8 bit weights, one scale a row, multiplied as whole numbers, which processors with VNNI are made for.
+class Int8Linear(HastenedLinear):
+    """Its weight is torchao's Int8Tensor, one scale a row: x rounded to bfloat16, in which 8 bits are exact."""
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        rows, whole = rows.bfloat16(), self.weight.qdata
+        if len(rows) <= FEW and INT8_PRODUCT is not None:
+            product = INT8_PRODUCT(rows.contiguous(), whole, rows.new_ones(len(whole)))
+        else:
+            product = rows @ whole.bfloat16().T
+        return product.float() * self.weight.scale.flatten()
+
+
+class Int4Linear(HastenedLinear):
+    """Its weight is torchao's Int4OpaqueTensor: its own product, without what torchao asks on the way."""
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        return INT4_PRODUCT(rows.bfloat16().contiguous(), weight.qdata, weight.block_size[-1], weight.scale_and_zero)
+
+
+class WholeLinear(HastenedLinear):
+    """Weights of 8 bits, one scale a row, multiplied as whole numbers, which processors with VNNI are made for.
 
     x is s (a + b / 254), a and b whole and of 8 bits, s a row's own: 16 bits in all, more than bfloat16's 8. Both are
     rows of one product, which for a few rows takes as long as for one: reading the weights is what takes the time.
@@ -112,18 +126,14 @@ class WholeLinear(FrozenLinear):
         """Dequantised [out, in], for what needs a derivative."""
         return (self.packed.to_dense().T.float() * self.scale[:, None]).to(self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return super().forward(x)
-        rows = x.reshape(-1, x.shape[-1]).float()
-        step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).div_(127).clamp_min_(TINY)
-        rest = rows / step
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.float()
+        step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).div_(127)
+        rest = rows / step  # where all is zero, no numbers; whatever they are rounded to is multiplied by zero
         first = rest.round()
         both = torch.cat([first, rest.sub_(first).mul_(254)]).add_(128.5).to(torch.uint8)  # cut off, hence the half
         first, rest = whole_product(both, self.packed, self.scale).chunk(2)
-        product = first.add_(rest, alpha=1 / 254).sub_(self.raised)
-        product = product.mul_(step) if self.bias is None else torch.addcmul(self.bias, product, step)
-        return product.to(x.dtype).view(*x.shape[:-1], -1)
+        return first.add_(rest, alpha=1 / 254).sub_(self.raised).mul_(step)
 
 
 def whole_product(rows, packed, scale) -> torch.Tensor:
@@ -147,32 +157,19 @@ def has_whole_products() -> bool:
     return bool((product == 255 * 127 * 512).all())
 
 
-class Int4Linear(FrozenLinear):
-    """A layer whose weight is torchao's Int4OpaqueTensor: its own product, without what torchao asks on the way."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return super().forward(x)
-        weight = self.weight
-        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-        product = INT4_PRODUCT(rows, weight.qdata, weight.block_size[-1], weight.scale_and_zero)
-        product = product if self.bias is None else product + self.bias
-        return product.to(x.dtype).view(*x.shape[:-1], -1)
-
-
 def hasten(model):
     """Compute with torchao's weights on a CPU as fast as they can be read. With 4 bits the head gets 8: it is read
     whole for each token."""
-    for module in model.modules():
-        kind = type(module.weight).__name__ if type(module) is FrozenLinear else None
+    found = {layer: type(layer.weight).__name__ for layer in model.modules() if type(layer) is FrozenLinear}
+    for layer, kind in found.items():
         if kind == "Int8Tensor" and has_whole_products():
-            WholeLinear.take(module, module.weight.qdata, module.weight.scale)
+            WholeLinear.take(layer, layer.weight.qdata, layer.weight.scale)
         elif kind == "Int8Tensor":
-            module.__class__ = Int8Linear
+            layer.__class__ = Int8Linear
         elif kind == "Int4OpaqueTensor" and INT4_PRODUCT is not None:
-            module.__class__ = Int4Linear
-            head = model.lm_head
-            if type(head) is torch.nn.Linear and not model.config.tie_word_embeddings and has_whole_products():
-                scale = head.weight.float().abs().amax(-1, keepdim=True).clamp_min(TINY) / 127
-                WholeLinear.take(head, (head.weight / scale).round().to(torch.int8), scale)
+            layer.__class__ = Int4Linear
+    head, tied = model.lm_head, model.config.tie_word_embeddings
+    if "Int4OpaqueTensor" in found.values() and type(head) is torch.nn.Linear and not tied and has_whole_products():
+        scale = head.weight.float().abs().amax(-1, keepdim=True) / 127
+        WholeLinear.take(head, (head.weight / scale).round().to(torch.int8), scale)
     return model

@@ -53,7 +53,7 @@ def phi_1_tokenizer():
     """Phi-1's tokenizer from the local cache or the Hub; None where neither has it, within seconds."""
     try:
         return AutoTokenizer.from_pretrained(PHI_1, local_files_only=True)
-    except Exception:
+    except Exception:  # of tokenizers, where a file is damaged, there is no other kind
         pass
     if hub.HF_HUB_OFFLINE:
         return None
@@ -65,7 +65,7 @@ def phi_1_tokenizer():
         return None
     try:
         return AutoTokenizer.from_pretrained(PHI_1)
-    except Exception:
+    except Exception:  # as above
         return None
 
 
