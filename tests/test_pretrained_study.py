@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from study import methods, pretrained
+from study import methods, pretrained, pretrained_tables
 from study import pretrained_study as study
 
 SMALL = dict(
@@ -154,6 +154,31 @@ def test_rows_kept_are_of_rows_that_exist():
     rows = study.study_rows(done)
     assert all(name in rows or name.startswith(("corpus-", "engram-peft-")) for name in done)
     assert study.study_rows({})["nada"] == dict(parte=1, steps=0, domain="sympy", seed=0)
+
+
+def test_rows_that_differ_by_their_seed_are_one_line():
+    def row(loss, kl, right, **more):
+        return dict(
+            loss=loss, steps=240, old={text: dict(kl=kl) for text in pretrained_tables.TEXTS},
+            identifiers=dict(punto=[right, 200, 0, 0]), **more,
+        )  # fmt: skip
+
+    memory = dict(dense=0.01, rows=0.03)
+    base = row(2.0, 0.0, 80)
+    rows = [
+        row(1.8, 0.02, 90, memory=memory, seed=0, barajadas=1.99, apagada=2.0),
+        row(1.7, 0.04, 94, memory=memory, seed=1, barajadas=1.97, apagada=2.0),
+        row(1.6, 0.5, 90, memory=memory, seed=0, control="sin-conv"),
+        row(1.5, 0.5, 90, memory=dict(memory, shape={}), seed=0),
+        row(1.5, 0.5, 90, lora=dict(rank=8, rate=1e-3), seed=0),
+    ]
+    head, _, ours, theirs, end = pretrained_tables.seeds_table(rows, base, 240).split("\n")
+    assert ours == (
+        "| memoria 0.01 × 3 | 2 | 1,7500 | 0,2500 ± 0,0707 | 8 ± 4 % | 0 ± 0 % "
+        "| 0,030 ± 0,014 | 0,030 ± 0,014 | 0,030 ± 0,014 | 6,0 ± 1,4 |"
+    )
+    assert theirs == "| LoRA r8 0.001 | 1 | 1,5000 | 0,5000 | – | – | 0,500 | 0,500 | 0,500 | 5,0 |"
+    assert head.count("|") == ours.count("|") == theirs.count("|") and not end
 
 
 def test_a_sinkhorn_step_has_the_rates_size_and_skips_what_has_no_gradient():

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import batch_at
+from engram.steps import PHI_1_RECIPE
 from study import methods, pretrained
 from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft, library_halves
 
@@ -61,6 +62,9 @@ def study_rows(done: dict) -> dict[str, dict]:
     rows = {"nada": dict(parte=1, steps=0)}
     for dense, ratio in ((3e-3, 30), (1e-2, 3), (5e-3, 10)):
         rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
+    # What train_phi_engram.py does by itself in its first phase.
+    rows["receta"] = dict(parte=1, memory=dict(dense=PHI_1_RECIPE.memory_rates[0], rows=PHI_1_RECIPE.table_rates[0]))
+    rows["largo-receta"] = dict(rows["receta"], steps=LONG)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
@@ -97,7 +101,9 @@ def study_rows(done: dict) -> dict[str, dict]:
         tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
         for row in sorted(tried, key=lambda row: row["loss"])[:3]:
             rows[f"largo-{row['fila']}"] = dict(parte=1, steps=LONG, memory=row["memory"])
-    winner, large = best("largo-"), best("lora64-")
+    for rate in (1e-3, 3e-3):  # more steps like a lower rate
+        rows[f"largo-lora8-{rate:g}"] = dict(parte=2, steps=LONG, lora=dict(rank=8, rate=rate))
+    winner, lora, large = best(("largo-receta", "largo-tasas-")), best("largo-lora8-"), best("lora64-")
     if winner and lora and large and everything:
         finalists = {
             "memoria": dict(memory=winner["memory"]), "lora8": dict(lora=lora["lora"]),
@@ -110,13 +116,15 @@ def study_rows(done: dict) -> dict[str, dict]:
                 for seed in SEEDS if method in ("memoria", "lora8", "lora8-memoria") else SEEDS[:1]:
                     name = f"final-{domain}-{method}-s{seed}"
                     rows[name] = dict(parte=6, domain=domain, steps=LONG, seed=seed, **settings)
+        for name in (f"final-{DOMAINS[0]}-{one}" for one in ("nada", "memoria-s0", "lora8-s0")):
+            del rows[name]  # done before, to choose the rates
     for settings in rows.values():
         for key, value in dict(domain=DOMAINS[0], steps=SHORT, seed=0).items():
             settings.setdefault(key, value)
     return rows
 
 
-def best_of(done: dict, prefix: str) -> dict | None:
+def best_of(done: dict, prefix: str | tuple[str, ...]) -> dict | None:
     rows = [row for name, row in done.items() if name.startswith(prefix)]
     return min(rows, key=lambda row: row["loss"], default=None)
 
