@@ -26,6 +26,8 @@ except ImportError as error:
         f"❌ Falta un paquete de Python, o el instalado es demasiado antiguo ({error}).\n"
         "   Se arregla con: pip install -U -r requirements.txt"
     )
+except KeyboardInterrupt:  # importing takes seconds
+    sys.exit(130)
 
 
 def main(argv=None) -> int:

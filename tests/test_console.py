@@ -63,3 +63,20 @@ def test_a_folder_without_locks_is_held_and_it_is_said_once(tmp_path, monkeypatc
     monkeypatch.undo()
     with folders.hold(tmp_path) as first, folders.hold(tmp_path) as second:
         assert first and not second
+
+
+@pytest.mark.parametrize("verb", ["verify", "load", "train", "chat"])
+def test_an_interruption_while_libraries_are_imported_is_no_traceback(verb):
+    script = Path(__file__).resolve().parents[1] / f"{verb}_phi_engram.py"
+    interrupted = (
+        "import runpy, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", interrupted], capture_output=True, encoding="utf-8", cwd=script.parent
+    )  # fmt: skip
+    assert done.returncode == 130 and not done.stdout + done.stderr
