@@ -98,7 +98,7 @@ def prepare(engram, control: str | None, size: float):
             layer.gate.register_forward_hook(lambda _, args, alpha: torch.ones_like(alpha))
 
 
-def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, mlp=None) -> float:
+def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, mlp=None, offset=0) -> float:
     """Take the steps; returns the mean loss of the last 20."""
     sinkhorn = memory.get("row_state") == "sinkhorn"
     row_state = "adam" if sinkhorn else memory.get("row_state", "adam")
@@ -111,7 +111,7 @@ def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, ml
     losses = []
     run_steps(
         Accelerator(cpu=True, mixed_precision="bf16"), model, optimizer, SimpleNamespace(train=ids), recipe,
-        steps=steps, label="paso", on_step=lambda step, loss, seconds: losses.append(loss),
+        steps=steps, label="paso", offset=offset, on_step=lambda step, loss, seconds: losses.append(loss),
     )  # fmt: skip
     if tables:
         tables.__exit__(None)

@@ -62,9 +62,14 @@ def study_rows(done: dict) -> dict[str, dict]:
     rows = {"nada": dict(parte=1, steps=0)}
     for dense, ratio in ((3e-3, 30), (1e-2, 3), (5e-3, 10)):
         rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
-    # What train_phi_engram.py does by itself in its first phase.
-    rows["receta"] = dict(parte=1, memory=dict(dense=PHI_1_RECIPE.memory_rates[0], rows=PHI_1_RECIPE.table_rates[0]))
+    # What train_phi_engram.py does by itself: its first phase alone; both, and with the first's rates in the second.
+    phases = [dict(dense=d, rows=r) for d, r in zip(PHI_1_RECIPE.memory_rates, PHI_1_RECIPE.table_rates)]
+    rows["receta"] = dict(parte=1, memory=phases[0])
     rows["largo-receta"] = dict(rows["receta"], steps=LONG)
+    for name, second in (("fases", phases[1]), ("fases-altas", phases[0])):
+        then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=second)
+        rows[name] = dict(rows["largo-receta"], then=then)
+    rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
@@ -249,8 +254,10 @@ def names_read(tokenizer, ids, steps: int, recipe) -> set[str]:
 
 # ---------- A row ----------
 
-def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None) -> dict:
-    """Train what the settings say, and measure it."""
+def trained_row(
+    ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None, then=None
+) -> dict:
+    """Train what the settings say, and measure it. `then`: what a second phase trains after a tenth of the steps."""
     model, tokenizer = ruler.open()
     ids, blocks, names = ruler.domain(domain, tokenizer)
     torch.manual_seed(seed)
@@ -277,12 +284,19 @@ def trained_row(ruler, domain, steps, seed, memory=None, lora=None, everything=N
     )  # fmt: skip
     started = time.perf_counter()
     if steps:
-        row["dense"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = dict(model.named_parameters())
+        row["dense"] = sum(p.numel() for name, p in trained.items() if p.requires_grad and ".tables." not in name)
         if control in WARM:
             learned(ruler.domain("biblioteca", tokenizer)[0], SHORT)
             if control == "proyecciones":
                 methods.cleared(engram)
-        row["train_loss"] = learned(ids, steps)
+        first = steps // 10 if then else 0
+        if then:
+            learned(ids, first)
+            for parameter in model.model.parameters():
+                parameter.requires_grad_(True)
+            learned = partial(learned, backbone=then["everything"], memory=then["memory"], offset=first)
+        row["train_loss"] = learned(ids, steps - first)
     if steps and engram:
         touched = {layer: table.weight.any(-1) for layer, table in engram.tables.items()}
         values = torch.cat([engram.tables[layer].weight[rows] for layer, rows in touched.items()])

@@ -55,13 +55,15 @@ def completes(name: str, row: dict, base: dict) -> str:
 
 def method(row: dict) -> str:
     """What a row trains, at which rates: rows that say the same differ by their seed alone."""
-    memory, lora = row.get("memory"), row.get("lora")
+    memory, lora, then = row.get("memory"), row.get("lora"), row.get("then")
     parts = [
         memory and f"memoria {memory['dense']:g} × {memory['rows'] / memory['dense']:g}",
         lora and f"LoRA r{lora['rank']} {lora['rate']:g}",
         row.get("everything") and f"todos los pesos {row['everything']:g}",
         row.get("mlp") and f"MLP {row['mlp']:g}",
     ]
+    if then:
+        return f"{method(dict(memory=memory))}, y después {method(then)}"
     return " + ".join(part for part in parts if part)
 
 
