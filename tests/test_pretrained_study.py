@@ -1,5 +1,6 @@
 """The study on a pretrained model: its graft is exact, and it measures what it says. Its figures are its own."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from study import methods, pretrained, pretrained_tables
+from study import counts, methods, pretrained, pretrained_tables
 from study import pretrained_study as study
 
 SMALL = dict(
@@ -152,7 +153,7 @@ def test_lora_begins_at_nothing(llama):
 def test_rows_kept_are_of_rows_that_exist():
     done = study.read_results()
     rows = study.study_rows(done)
-    assert all(name in rows or name.startswith(("corpus-", "engram-peft-")) for name in done)
+    assert all(name in rows or name.startswith(("corpus-", "cuentas-", "engram-peft-")) for name in done)
     assert study.study_rows({})["nada"] == dict(parte=1, steps=0, domain="sympy", seed=0)
 
 
@@ -179,6 +180,22 @@ def test_rows_that_differ_by_their_seed_are_one_line():
     )
     assert theirs == "| LoRA r8 0.001 | 1 | 1,5000 | 0,5000 | – | – | 0,500 | 0,500 | 0,500 | 5,0 |"
     assert head.count("|") == ours.count("|") == theirs.count("|") and not end
+
+
+def test_counts_know_what_followed():
+    read, blocks = torch.tensor([[1, 2, 3, 1, 2, 4], [1, 2, 3, 9, 9, 9]]), torch.tensor([[1, 2, 3, 5], [2, 1, 2, 4]])
+    shares, times = counts.looked_up(counts.following(read, 2), blocks, 2)
+    torch.testing.assert_close(shares, torch.tensor([[0, 2 / 3, 0], [0, 0, 1 / 3]]))
+    assert times.tolist() == [[0, 2, 2], [0, 0, 2]]  # three times: two bits; what followed 2 3 twice is no 5
+
+
+def test_a_mixture_leaves_to_the_base_what_was_never_seen():
+    kinds = torch.tensor([[0, 1]] * 40)
+    base, expert = torch.full((40, 2), 0.25), torch.tensor([[0.0, 0.5]] * 40)
+    loss = counts.mixed_loss(torch.stack([base, expert]), kinds)
+    # Of 20 tokens each: the base alone; the expert with w = 19/21, where 20 log(0.25 + 0.25 w) + log(1 - w) is most.
+    assert loss == pytest.approx(-math.log(0.25 * 0.25 * (1 + 19 / 21)) / 2, abs=1e-3)
+    assert counts.mixed_loss(torch.stack([base, 0 * base]), kinds) == pytest.approx(math.log(4), abs=1e-6)
 
 
 def test_a_sinkhorn_step_has_the_rates_size_and_skips_what_has_no_gradient():
