@@ -62,13 +62,14 @@ def study_rows(done: dict) -> dict[str, dict]:
     rows = {"nada": dict(parte=1, steps=0)}
     for dense, ratio in ((3e-3, 30), (1e-2, 3), (5e-3, 10)):
         rows[f"tasas-{dense:g}-x{ratio}"] = dict(parte=1, memory=dict(dense=dense, rows=dense * ratio))
-    # What train_phi_engram.py does by itself: its first phase alone; both, and with the first's rates in the second.
-    phases = [dict(dense=d, rows=r) for d, r in zip(PHI_1_RECIPE.memory_rates, PHI_1_RECIPE.table_rates)]
-    rows["receta"] = dict(parte=1, memory=phases[0])
+    # What train_phi_engram.py does by itself: its first phase alone, and both with several rates in the second.
+    first = dict(dense=PHI_1_RECIPE.memory_rates[0], rows=PHI_1_RECIPE.table_rates[0])
+    rows["receta"] = dict(parte=1, memory=first)
     rows["largo-receta"] = dict(rows["receta"], steps=LONG)
-    for name, second in (("fases", phases[1]), ("fases-altas", phases[0])):
-        then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=second)
+    for name, rate in (("fases", 1e-4), ("fases-medias", 1e-3), ("fases-altas", 3e-3)):
+        then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=dict(dense=rate, rows=10 * rate))
         rows[name] = dict(rows["largo-receta"], then=then)
+        rows[f"{name}-networkx"] = dict(rows[name], domain="networkx")
     rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
