@@ -42,11 +42,13 @@ class Recipe:
         return self.batch * self.length * self.accumulate * self.processes
 
 
-# Phase 1: the middle of the rates that taught a pretrained SmolLM2-135M most. Phase 2: Phi's is the lowest tried there
-# with all weights, Engram's five times that. Neither has run on Phi-1's real weights.
-PHI_1_RECIPE = Recipe(2e-5, memory_rates=(3e-3, 1e-4), table_rates=(3e-2, 1e-3), batch=2, length=512, accumulate=8)
+# Found with a pretrained SmolLM2-135M (DOCUMENTACION_TECNICA.md, 6.1); Phi-1's real weights have not seen them yet.
+PHI_1_RECIPE = Recipe(2e-5, memory_rates=(3e-3, 3e-3), table_rates=(3e-2, 3e-2), batch=2, length=512, accumulate=8)
 # With which trainings that are half done may have begun.
-EARLIER_RECIPE = replace(PHI_1_RECIPE, backbone_rate=1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5))
+EARLIER_RECIPES = (
+    replace(PHI_1_RECIPE, memory_rates=(3e-3, 1e-4), table_rates=(3e-2, 1e-3)),
+    replace(PHI_1_RECIPE, backbone_rate=1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5)),
+)
 RATES = ("backbone_rate", "memory_rates", "table_rates")
 PATIENCE = 20  # steps in a row without a finite gradient; float16's scale may need fifteen to settle
 
@@ -58,11 +60,11 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 
 def phi_1_recipe(factor: float, then: dict | None = None) -> Recipe:
-    """The default recipe, its rates times `factor`; the earlier one where that gives the rates of `then`, what a
+    """The default recipe, its rates times `factor`; an earlier one where that gives the rates of `then`, what a
     checkpoint says of the training that it is from."""
-    earlier = scaled(EARLIER_RECIPE, factor)
-    if then and all(then.get(name) == json.loads(json.dumps(getattr(earlier, name))) for name in RATES):
-        return earlier
+    for earlier in (scaled(recipe, factor) for recipe in EARLIER_RECIPES):
+        if then and all(then.get(name) == json.loads(json.dumps(getattr(earlier, name))) for name in RATES):
+            return earlier
     return scaled(PHI_1_RECIPE, factor)
 
 

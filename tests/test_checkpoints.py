@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ import train_phi_engram as train
 from bench import kills
 from engram.console import UserError
 from engram.folders import discard, sweep, whole_folder
+from engram.steps import EARLIER_RECIPES, PHI_1_RECIPE, phi_1_recipe, scaled
 from hub import Hub
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -203,6 +205,16 @@ def test_a_run_goes_on_elsewhere_from_copies_whole_or_not_and_refuses_to_be_anot
     shutil.rmtree(place / "texto")
     shutil.copytree(there / "datos", place / "texto")
     assert "fase-1-paso-0000002 está incompleto (falta optimizer.bin)" in refused()
+
+
+@pytest.mark.parametrize("factor", [1, 0.3])
+def test_a_training_goes_on_at_the_rates_that_it_began_with(factor):
+    now = phi_1_recipe(factor)
+    assert now == scaled(PHI_1_RECIPE, factor) and len({PHI_1_RECIPE, *EARLIER_RECIPES}) == 3
+    for recipe in (now, *(scaled(earlier, factor) for earlier in EARLIER_RECIPES)):
+        then = json.loads(json.dumps(asdict(recipe)))
+        assert phi_1_recipe(factor, then) == recipe
+        assert phi_1_recipe(factor, dict(then, backbone_rate=1.0)) == now
 
 
 def test_differences_are_told_in_words():
