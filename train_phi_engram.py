@@ -5,8 +5,8 @@
     python train_phi_engram.py --datos mi-codigo/ --reanudar
     python train_phi_engram.py --datos mi-codigo/ --subir mi-usuario/phi1-engram
 
-Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at far higher rates than Phi. Table gradients
-are row-sparse: a step touches the rows that its batch reads.
+Phase 1 freezes Phi and trains only Engram; phase 2 trains everything, Engram at far higher rates than Phi. Table
+gradients are row-sparse: a step touches the rows that its batch reads.
 """
 
 import difflib

@@ -26,7 +26,8 @@ class EngramOptimizer(torch.optim.Optimizer):
     def collect(self):
         """After the last backward of a step: exchange rows between processes, and take their gradients in."""
         if self.tables:
-            self.rows["params"] = beside_parts(self.tables.collect(), self.dense.param_groups[0]["params"][0])
+            first = next(p for group in self.dense.param_groups for p in group["params"])
+            self.rows["params"] = beside_parts(self.tables.collect(), first)
 
     @torch.no_grad()
     def step(self, closure=None):

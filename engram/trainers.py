@@ -15,23 +15,25 @@ from torch import nn
 
 from engram.optimizers import EngramOptimizer
 from engram.rows import TrainedTables
-
-ROW_FACTOR = 5  # the rows' rate over the rest's, as in the paper
+from engram.steps import PHI_1_RECIPE
 
 
 class SparseRows:
     """Goes before a Trainer in the list of base classes. Checkpoints, resuming and the best model are the Trainer's.
 
-    `row_rate` may be set on the class or the instance before `train`; by default ROW_FACTOR times the learning rate.
-    The schedule is the Trainer's; so is clipping, of dense gradients and rows' together. Nothing of the memory decays.
+    The memory learns at rates of its own, `memory_rate` its dense weights and `row_rate` its rows, which may be set on
+    the class or the instance before `train`: at a rate that suits a pretrained model it learns nothing. `learning_rate`
+    is that of all else. The schedule is the Trainer's; so is clipping, of dense gradients and rows' together. Nothing
+    of the memory decays.
     Where the rows do not require a gradient (beside LoRA, say) they stay as they are.
 
     Raises (from `train`):
         ValueError: rows that are not float32, that another package wraps, or a model that is divided between cards; a
-            checkpoint of which a Trainer would not read the rows.
+            checkpoint of which a Trainer would not read the rows, or from when the memory had no rate of its own.
     """
 
-    row_rate: float | None = None
+    memory_rate: float = PHI_1_RECIPE.memory_rates[1]
+    row_rate: float = PHI_1_RECIPE.table_rates[1]
     _rows: TrainedTables | None = None
 
     def train(self, *args, **kwargs):
@@ -73,7 +75,8 @@ class SparseRows:
         self._rows = SeenTables(inner, world=args.world_size, device=args.device, betas=betas, eps=args.adam_epsilon)
         self._rows.take()  # now, because a parameter that requires a gradient would go to the dense optimiser
         dense = super().create_optimizer(model)
-        self.optimizer = RowOptimizer(dense, self._rows, self.row_rate or ROW_FACTOR * args.learning_rate)
+        set_apart(dense, {p for name, p in inner.named_parameters() if "engram" in name}, self.memory_rate)
+        self.optimizer = RowOptimizer(dense, self._rows, self.row_rate)
         return self.optimizer
 
     def _check(self, tables):
@@ -105,6 +108,15 @@ class SparseRows:
 
     def _inner_optimizer(self):
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+
+def set_apart(optimizer, parameters: set, rate: float):
+    """Give those `parameters` that an optimiser has a group of their own, with this rate, for each that they are in."""
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if p in parameters]
+        if own:
+            group["params"] = [p for p in group["params"] if p not in parameters]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
 
 
 def check_whole(folder):
@@ -159,6 +171,11 @@ class RowOptimizer(EngramOptimizer):
         return {**super().state_dict(), "lr": self.rows["lr"], "rows": rows}
 
     def load_state_dict(self, state):
+        if len(state["parts"][0]["param_groups"]) < len(self.dense.param_groups):
+            raise ValueError(
+                "Este punto de control es de una versión anterior, en la que la memoria no tenía tasa propia: entrena "
+                "sin resume_from_checkpoint, desde el modelo que hay en él (PhiEngramForCausalLM.from_pretrained)."
+            )
         super().load_state_dict(state)
         self.rows["lr"] = state["lr"]
         for name, part in self.tables.parts.items():

@@ -45,7 +45,7 @@ def test_one_step_is_the_dense_optimizer_s(make_model, tmp_path):
     before = copied(dense)
     plain = make_trainer(dense, tmp_path / "plain", 1, Trainer, **{**kw, "weight_decay": 0})
     ours = make_trainer(sparse, tmp_path / "ours", 1, **{**kw, "weight_decay": 0})
-    ours.row_rate = 0.01
+    ours.memory_rate = ours.row_rate = 0.01
     plain.train(), ours.train()
     assert norms(ours) == pytest.approx(norms(plain), rel=1e-5) and norms(ours)[0] > 0.5  # float32 sums
     expected, found = dense.state_dict(), sparse.state_dict()
@@ -82,6 +82,41 @@ def test_nothing_of_the_memory_decays(make_model, tmp_path):
     trainer = make_trainer(make_model(), tmp_path, 1)
     names = trainer.get_decay_parameter_names(trainer.model)
     assert names and not [name for name in names if "engram" in name]
+
+
+def test_the_memory_learns_at_its_own_rates_beside_a_phi_that_hardly_moves(make_model, tmp_path):
+    model = make_model()
+    before = copied(model)
+    trainer = make_trainer(
+        model, tmp_path, 1, learning_rate=2e-5, lr_scheduler_type="constant", weight_decay=0, adam_epsilon=1e-15
+    )  # fmt: skip
+    trainer.train()
+    # Adam's first step is the rate, whatever the gradient; float32 rounds a weight of about 1 by 1e-7.
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}
+    for name, most in moved.items():
+        rate = 3e-2 if name in TABLES else 3e-3 if "engram" in name else 2e-5
+        assert most == pytest.approx(rate, rel=0.02) or (most == 0 and "engram_hash" in name), name
+    assert [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line] == [2e-5]
+
+
+def test_the_memory_alone_learns_beside_a_frozen_phi(make_model, tmp_path):
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("engram" in name)
+    before = copied(model)
+    make_trainer(model, tmp_path, 2).train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert set(TABLES) < changed and all("engram" in name for name in changed)
+
+
+def test_a_checkpoint_without_a_rate_of_the_memory_s_own_is_refused(make_model, tmp_path):
+    trainer = make_trainer(make_model(), tmp_path, 1)
+    trainer.train()
+    optimizer = trainer._inner_optimizer()
+    state = optimizer.state_dict()
+    state["parts"][0]["param_groups"].pop()
+    with pytest.raises(ValueError, match="la memoria no tenía tasa propia"):
+        optimizer.load_state_dict(state)
 
 
 def test_resumed_it_ends_with_the_same_bits(make_model, tmp_path):
