@@ -108,7 +108,7 @@ def study_rows(done: dict) -> dict[str, dict]:
         tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
         for row in sorted(tried, key=lambda row: row["loss"])[:3]:
             rows[f"largo-{row['fila']}"] = dict(parte=1, steps=LONG, memory=row["memory"])
-    for rate in (1e-3, 3e-3):  # more steps like a lower rate
+    for rate in (1e-3, 3e-3):  # the best of few steps need not be that of more
         rows[f"largo-lora8-{rate:g}"] = dict(parte=2, steps=LONG, lora=dict(rank=8, rate=rate))
     winner, lora, large = best(("largo-receta", "largo-tasas-")), best("largo-lora8-"), best("lora64-")
     if winner and lora and large and everything:
