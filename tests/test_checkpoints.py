@@ -217,6 +217,11 @@ def test_a_training_goes_on_at_the_rates_that_it_began_with(factor):
         assert phi_1_recipe(factor, dict(then, backbone_rate=1.0)) == now
 
 
+def test_the_rates_of_earlier_versions_are_known():
+    rates = [(r.backbone_rate, *r.memory_rates, *r.table_rates) for r in EARLIER_RECIPES]
+    assert rates == [(2e-5, 3e-3, 1e-4, 3e-2, 1e-3), (1e-5, 1e-4, 5e-5, 1e-4, 5e-5)]  # as they were published
+
+
 def test_differences_are_told_in_words():
     then = dict(corpus="a", hidden_size=64, steps=[1, 2], memory_rates=[1e-3, 5e-5], recompute=False, raro=1)
     now = dict(corpus="a", hidden_size=2048, steps=[1, 3], memory_rates=[1e-3, 1e-4], recompute=True, raro=2)
