@@ -96,6 +96,8 @@ def prepare(engram, control: str | None, size: float):
             layer.conv.requires_grad_(False)
         if control == "sin-puerta":
             layer.gate.register_forward_hook(lambda _, args, alpha: torch.ones_like(alpha))
+        if control == "ganancia":  # the value projection keeps the rows' size
+            nn.init.normal_(layer.value_proj.weight, std=layer.value_proj.in_features**-0.5)
 
 
 def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, mlp=None, offset=0) -> float:

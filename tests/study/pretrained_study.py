@@ -35,7 +35,7 @@ from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import batch_at
 from engram.steps import PHI_1_RECIPE
 from study import methods, pretrained
-from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, bf16, graft, library_halves
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, TENFOLD, bf16, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
@@ -103,7 +103,7 @@ def study_rows(done: dict) -> dict[str, dict]:
             rows["llana-nada"] = dict(parte=1, domain="biblioteca", steps=0)
         for name, shape in SHAPES.items():
             rows[name] = dict(parte=4, memory=dict(memory, shape=shape))
-        for control in ("sin-conv", "sin-puerta", *WARM):
+        for control in ("sin-conv", "sin-puerta", "ganancia", *WARM):
             rows[control] = dict(parte=4, memory=memory, control=control)
         tried = [row for name, row in done.items() if name.startswith(("tasas-", "fila-"))]
         for row in sorted(tried, key=lambda row: row["loss"])[:3]:
@@ -125,6 +125,10 @@ def study_rows(done: dict) -> dict[str, dict]:
                     rows[name] = dict(parte=6, domain=domain, steps=LONG, seed=seed, **settings)
         for name in (f"final-{DOMAINS[0]}-{one}" for one in ("nada", "memoria-s0", "lora8-s0")):
             del rows[name]  # done before, to choose the rates
+        more = dict(parte=4, domain=TENFOLD[0])
+        rows["texto-x10-nada"] = dict(more, steps=0)
+        for method in ("memoria", "lora8"):
+            rows[f"texto-x10-{method}"] = dict(more, steps=10 * SHORT, **finalists[method])
     for settings in rows.values():
         for key, value in dict(domain=DOMAINS[0], steps=SHORT, seed=0).items():
             settings.setdefault(key, value)
