@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from study import counts, methods, pretrained, pretrained_tables
+from study import counts, measures, methods, pretrained, pretrained_tables
 from study import pretrained_study as study
 
 SMALL = dict(
@@ -122,20 +122,20 @@ def test_identifiers_lie_where_the_blocks_say(tokenizer, monkeypatch):
 def test_completed_counts_whole_names():
     names = [(0, 1, 3, "dos", True, False), (0, 4, 5, "uno", False, False), (0, 6, 7, "uno", False, True)]
     hits = torch.tensor([[False, True, False, True, True, True, True, False]])
-    assert study.completed(hits, names, {"uno", "dos"}) == dict(punto=[0, 1, 0, 1], vistos=[2, 2, 1, 1], nuevos=[0] * 4)
-    assert study.completed(hits, names, {"uno"})["nuevos"] == [0, 1, 0, 1]
+    found = measures.completed(hits, names, {"uno", "dos"})
+    assert found == dict(punto=[0, 1, 0, 1], vistos=[2, 2, 1, 1], nuevos=[0] * 4)
+    assert measures.completed(hits, names, {"uno"})["nuevos"] == [0, 1, 0, 1]
 
 
 def test_forgetting_of_the_base_itself_is_nothing(llama):
     blocks = torch.randint(0, 300, (5, 12))
-    ruler = SimpleNamespace(old={"propio": blocks})
-    ruler.base = {"propio": [p.half() for _, p in study.predictions(llama, blocks)]}
+    said = {"propio": [p.half() for _, p in measures.predictions(llama, blocks)]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "LENGTH", 12)
-        same = study.Ruler.forgetting(ruler, llama)["propio"]
-        loss, _ = study.loss_and_hits(llama, blocks)
+        patch.setattr(measures, "LENGTH", 12)
+        same = measures.forgetting(llama, {"propio": blocks}, said)["propio"]
+        loss, _ = measures.loss_and_hits(llama, blocks)
         llama.lm_head.weight.data[:150] *= 1.5
-        other = study.Ruler.forgetting(ruler, llama)["propio"]
+        other = measures.forgetting(llama, {"propio": blocks}, said)["propio"]
     assert same["kl"] == pytest.approx(0, abs=1e-5) and same["changed"] < 0.02
     assert same["loss"] == pytest.approx(loss, rel=1e-5) and other["kl"] > 1e-4
 

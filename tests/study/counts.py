@@ -17,6 +17,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, run_script
 from engram.corpus import batch_at
+from study import measures
 from study import pretrained_study as study
 from study.pretrained import BASE, BATCH, DOMAINS, LENGTH
 
@@ -72,7 +73,7 @@ def counts_row(ruler, model, tokenizer, steps: int) -> dict:
     ids, blocks, _ = ruler.domain(DOMAINS[0], tokenizer)
     recipe = SimpleNamespace(batch=BATCH, length=LENGTH, seed=0)
     read = torch.cat([batch_at(ids, number, recipe) for number in range(steps)])
-    base = torch.cat([p.gather(-1, then[..., None])[..., 0] for then, p in study.predictions(model, blocks)]).exp()
+    base = torch.cat([p.gather(-1, then[..., None])[..., 0] for then, p in measures.predictions(model, blocks)]).exp()
     shares, times = zip(*(looked_up(following(read, order), blocks, order) for order in ORDERS))
     kinds = times[0] * (MOST + 1) + times[1]
     known = {f"vistos-{order}": (seen > 0).float().mean().item() for order, seen in zip(ORDERS, times)}

@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, run_script
 from engram.corpus import batch_at
 from engram.optimizers import rate_factor
+from study import measures
 from study import pretrained_study as study
 from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SHAPE, bf16
 
@@ -54,9 +55,9 @@ def neighbour_row(ruler, rate: float) -> dict:
         losses.append(loss.item())
         print(step, losses[-1], flush=True)
     row = dict(train_loss=sum(losses[-20:]) / 20, seconds=time.perf_counter() - started)
-    row["loss"], hits = study.loss_and_hits(wrapped, blocks)
-    known = study.names_read(tokenizer, ids, study.SHORT, recipe)
-    return row | dict(identifiers=study.completed(hits, names, known), old=ruler.forgetting(wrapped))
+    row["loss"], hits = measures.loss_and_hits(wrapped, blocks)
+    known = measures.names_read(tokenizer, ids, study.SHORT, recipe)
+    return row | dict(identifiers=measures.completed(hits, names, known), old=ruler.forgetting(wrapped))
 
 
 def main(argv=None):

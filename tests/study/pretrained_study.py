@@ -17,7 +17,6 @@ Rows on an earlier base, in pretrained_results_primera_base.jsonl, left the wors
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -26,23 +25,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, UserError, run_script, spanish
-from engram.corpus import batch_at
 from engram.steps import PHI_1_RECIPE
-from study import methods, pretrained
-from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SEPARATOR, TENFOLD, bf16, graft, library_halves
+from study import measures, methods, pretrained
+from study.measures import OLD
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, TENFOLD, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
-HELD_OUT, OLD = 64, 24  # blocks: 16,384 tokens of the domain, 6,144 of each old text
+HELD_OUT = 64  # blocks: 16,384 tokens of the domain
 SHORT, LONG = 60, 240  # steps of 1,024 tokens
 SEEDS = (0, 1, 2)
 WARM = ("templada", "proyecciones")  # first SHORT steps of other text, after which the rows stay, or are cleared
-WORD = re.compile(r"[^\W\d]\w*")
 # Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
 SHAPES = {
     **{"capas-" + "-".join(map(str, layers)): dict(engram_layer_ids=layers) for layers in (
@@ -154,40 +150,6 @@ def keep(row: dict):
 
 # ---------- What is measured ----------
 
-@torch.no_grad()
-def own_texts(model, folder: Path) -> torch.Tensor:
-    """Blocks [OLD, LENGTH] that the base wrote by itself, from nothing, at temperature 1; kept beside it."""
-    file = folder / "propio.safetensors"
-    if not file.exists():
-        torch.manual_seed(0)
-        with bf16():
-            ids = model.generate(
-                torch.full((OLD, 1), SEPARATOR), attention_mask=torch.ones(OLD, 1), do_sample=True, top_k=0,
-                temperature=1.0, max_length=LENGTH, min_length=LENGTH, eos_token_id=SEPARATOR, pad_token_id=SEPARATOR,
-            )  # fmt: skip
-        save_file({"ids": ids}, file)
-    return load_file(file)["ids"]
-
-
-@torch.no_grad()
-def predictions(model, blocks: torch.Tensor):
-    """Yield (ids that follow [B, T-1], log-probabilities of all tokens there [B, T-1, V])."""
-    model.eval()
-    for ids in blocks.split(BATCH):
-        with bf16():
-            logits = model(ids, use_cache=False).logits
-        yield ids[:, 1:], logits[:, :-1].float().log_softmax(-1)
-
-
-def loss_and_hits(model, blocks) -> tuple[float, torch.Tensor]:
-    """Nats per token, and whether each token was the likeliest: bool [n, LENGTH], the first of a block never."""
-    losses, hits = [], []
-    for following, log_p in predictions(model, blocks):
-        losses.append(-log_p.gather(-1, following[..., None]).mean().item() * len(following))
-        hits.append(F.pad(log_p.argmax(-1) == following, (1, 0)))
-    return sum(losses) / len(blocks), torch.cat(hits)
-
-
 class Ruler:
     """Fixed texts, and what the base says of them."""
 
@@ -198,10 +160,10 @@ class Ruler:
         self.old = {
             "biblioteca": pretrained.spread(pretrained.packed(tokenizer, library), OLD),
             "prosa": pretrained.spread(pretrained.packed(tokenizer, pretrained.prose()[:600]), OLD),
-            "propio": own_texts(model, folder),
+            "propio": measures.own_texts(model, folder),
         }
         # float16 rounds a logit of 20 by 0.005: a KL of 1e-5.
-        self.base = {name: [p.half() for _, p in predictions(model, ids)] for name, ids in self.old.items()}
+        self.base = {name: [p.half() for _, p in measures.predictions(model, ids)] for name, ids in self.old.items()}
         self.domains = {}
 
     def open(self):
@@ -224,38 +186,7 @@ class Ruler:
         return self.domains[name]
 
     def forgetting(self, model) -> dict:
-        """{text: loss, mean KL from the base in nats, share of likeliest tokens that are others now}."""
-        found = {}
-        for name, blocks in self.old.items():
-            loss = kl = changed = 0.0
-            for (following, log_p), base in zip(predictions(model, blocks), self.base[name]):
-                base = base.float()
-                loss -= log_p.gather(-1, following[..., None]).sum().item()
-                kl += F.kl_div(log_p, base, log_target=True, reduction="sum").item()
-                changed += (log_p.argmax(-1) != base.argmax(-1)).sum().item()
-            count = len(blocks) * (LENGTH - 1)
-            found[name] = dict(loss=loss / count, kl=kl / count, changed=changed / count)
-        return found
-
-
-def completed(hits, names, known: set[str]) -> dict[str, list[int]]:
-    """{class: [right, all, right, all]} of identifiers, the last two of those whose name stands not yet in the block.
-
-    "punto": after a dot, in text that was trained on. "vistos": other names of that text. "nuevos": names not in it.
-    """
-    found = {kind: [0, 0, 0, 0] for kind in ("punto", "vistos", "nuevos")}
-    for block, first, last, name, dot, before in names:
-        kind = found["nuevos" if name not in known else "punto" if dot else "vistos"]
-        right = bool(hits[block, first:last].all())
-        for place in (0,) if before else (0, 2):
-            kind[place] += right
-            kind[place + 1] += 1
-    return found
-
-
-def names_read(tokenizer, ids, steps: int, recipe) -> set[str]:
-    read = torch.cat([batch_at(ids, number, recipe) for number in range(steps)])
-    return set(WORD.findall(" ".join(tokenizer.batch_decode(read))))
+        return measures.forgetting(model, self.old, self.base)
 
 
 # ---------- A row ----------
@@ -309,44 +240,25 @@ def trained_row(
         row |= dict(
             rows=sum(table.n_rows for table in engram.tables.values()), touched=len(values),
             touched_values=values.numel(), row_rms=values.square().mean().sqrt().item(),
-            **strength(engram, model, blocks),
+            **measures.strength(engram, model, blocks),
         )  # fmt: skip
     row["seconds"] = time.perf_counter() - started
-    row["loss"], hits = loss_and_hits(model, blocks)
-    known = names_read(tokenizer, ids, steps or SHORT, recipe)
-    row |= dict(identifiers=completed(hits, names, known), old=ruler.forgetting(model))
+    row["loss"], hits = measures.loss_and_hits(model, blocks)
+    known = measures.names_read(tokenizer, ids, steps or SHORT, recipe)
+    row |= dict(identifiers=measures.completed(hits, names, known), old=ruler.forgetting(model))
     if engram and control not in ("ruido", "una-fila"):
         generator = torch.Generator().manual_seed(0)
         for how in ("barajadas", "media"):
             methods.rearranged(engram, how, generator)  # the mean does not mind that they were shuffled before
-            row[how] = loss_and_hits(model, blocks)[0]
+            row[how] = measures.loss_and_hits(model, blocks)[0]
         methods.cleared(engram)
-        row["apagada"] = loss_and_hits(model, blocks)[0]
+        row["apagada"] = measures.loss_and_hits(model, blocks)[0]
     return row
 
 
 def row_size(done: dict) -> float:
     """Root mean square of the best row's trained rows: how large noise has to be."""
     return best_of(done, "tasas-")["row_rms"]
-
-
-@torch.no_grad()
-def strength(engram, model, blocks) -> dict:
-    """{"aporta": of each layer, the mean of ‖Y‖/‖h‖ over one batch; "puerta": of its gate}."""
-    found = dict(aporta=[], puerta=[])
-    hooks = []
-    for layer in engram.layers.values():
-        def ratio(_, args, output):
-            found["aporta"].append((output.norm(dim=-1) / args[0].norm(dim=-1)).mean().item())
-
-        hooks += [
-            layer.register_forward_hook(ratio),
-            layer.gate.register_forward_hook(lambda _, args, output: found["puerta"].append(output.mean().item())),
-        ]
-    next(predictions(model, blocks))
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 # ---------- Command line ----------
