@@ -76,6 +76,9 @@ def main(argv=None):
                 raise UserError(f"«{args.modelo}» ya tiene memoria: --capas y --filas son para un Phi sin ella.")
             # From the disk, a part at a time: the table may be larger than the RAM.
             model, tokenizer = open_model(name, args.dtype, storage="disco")
+            from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
+
+            model.config.engram_phi_trained = phi_was_trained(model)
         else:
             model, tokenizer = load_phi_1_with_engram(args.modelo, args.capas, args.dtype, **sizes)
             print(report(model))
@@ -87,10 +90,8 @@ def main(argv=None):
         title = Path(args.salida).resolve().name
         origin = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies is nobody's business
         if args.solo_memoria:
-            from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
-
             save_memory(model, folder)
-            alone = not phi_was_trained(name)
+            alone = not model.config.engram_phi_trained
             write_memory_card(model, folder, title, origin, alone)
             if not alone:
                 print(

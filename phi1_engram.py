@@ -107,6 +107,7 @@ class PhiEngramConfig(PhiConfig):
             that was never trained would still add something.
         engram_tokenizer_compression: hash canonical tokens (case, accents and white space folded) instead of raw ones.
         tokenizer_name_or_path: the tokenizer from which the projection is built, once.
+        engram_phi_trained: whether Phi's own weights were trained since the memory was put in.
         hc_mult: hyper-connection streams. Phi has a single residual stream, so 1 is the only value.
 
     Raises ValueError: a value is out of range; the message (Spanish) names it and what is allowed.
@@ -127,6 +128,7 @@ class PhiEngramConfig(PhiConfig):
     engram_bias: bool = False
     engram_tokenizer_compression: bool = True
     tokenizer_name_or_path: str = PHI_1
+    engram_phi_trained: bool = False
     hc_mult: int = 1
 
     def __post_init__(self, **kwargs):

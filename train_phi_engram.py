@@ -25,7 +25,7 @@ try:
 
     from engram.checkpoints import newest_identity
     from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, short, spanish
-    from engram.copies import ON_HUB
+    from engram.copies import ON_HUB, copies
     from engram.corpus import prepare_corpus
     from engram.folders import hold
     from engram.opening import about_memory, add_memory_options, open_model
@@ -146,7 +146,9 @@ def parse(argv):
     for name in ("datos", "salida", "copia"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
-    args.salida = os.path.expanduser(args.salida)
+    args.salida = os.path.normpath(os.path.expanduser(args.salida))  # a last slash would be part of other names
+    if Path(args.salida).name in ("", ".."):
+        raise UserError(f"--salida {args.salida} no es válido: escribe el nombre de una carpeta nueva.")
     if args.repartir_modelo and args.optimizador != "adamw":
         raise UserError(
             f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
@@ -295,8 +297,10 @@ def run(args, accelerator, model, tokenizer, output: Path):
     if corpus.skipped:
         print(corpus.skipped.describe())
     checkpoints = output.with_name(output.name + "-checkpoints")
-    places = [checkpoints, *([Path(args.copia) / checkpoints.name] if args.copia else [])]
-    then = next(filter(None, map(newest_identity, places)), None) if args.reanudar else None
+    if args.copia and args.reanudar and accelerator.is_main_process:
+        copies(args.copia, checkpoints).bring()  # it says at which rates it began
+    accelerator.wait_for_everyone()
+    then = newest_identity(checkpoints) if args.reanudar else None
     recipe = replace(
         phi_1_recipe(args.tasas, then), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,

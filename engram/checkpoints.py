@@ -129,9 +129,9 @@ def last_checkpoint(folder: Path, output: Path, identity: dict, data: str) -> tu
     Raises:
         UserError: nothing to resume, only half copied checkpoints, or one of another training.
     """
+    if output.exists() and not all_checkpoints(folder):
+        raise UserError(f"{output}/ ya está terminado: no hay nada que reanudar. Para entrenar otro, usa --salida.")
     if not folder.is_dir():
-        if output.exists():
-            raise UserError(f"{output}/ ya está terminado: no hay nada que reanudar. Para entrenar otro, usa --salida.")
         raise UserError(
             f"No hay ningún punto de control: no existe {folder}. Si lo copiaste de otra máquina, ponlo ahí con ese "
             "nombre; para empezar de cero, quita --reanudar."

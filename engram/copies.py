@@ -3,13 +3,14 @@
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engram.checkpoints import all_checkpoints, fault, position
 from engram.console import UserError
-from engram.folders import discard, whole_folder
+from engram.folders import discard, sweep, whole_folder
 from engram.sharing import on_hub
 
 ON_HUB = "hub:"  # before a repository's name
@@ -51,9 +52,39 @@ class Copies:
         except (OSError, UserError, shutil.Error) as error:
             print(f"⚠️  No se ha podido copiar el punto de control a {self.place}: {error} El entrenamiento sigue.")
 
+    def begin(self, output: Path, resume: bool):
+        """Bring what is to be resumed, and refuse to write over what was trained before.
+
+        Raises UserError: the result is there already; or checkpoints are, and they are not to be resumed.
+        """
+        if self.finished(output):
+            raise UserError(
+                f"En {self.result(output)} ya hay un modelo terminado, y no lo voy a pisar: tráelo de ahí o, para "
+                "entrenar otro, elige otra --salida y otra --copia."
+            )
+        if resume:
+            self.bring()
+        elif self.begun():
+            raise UserError(
+                f"En {self.place} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
+                "bórralo, o elige otra --salida y otra --copia."
+            )
+
+    def begun(self) -> list[Path]:
+        """Checkpoints there, oldest first."""
+        sweep(self.place.parent, re.escape(self.place.name.removesuffix("-checkpoints")) + "(?:-checkpoints)?")
+        sweep(self.place, "fase-.*")
+        return all_checkpoints(self.place)
+
+    def finished(self, output: Path) -> bool:
+        return self.result(output).exists()
+
+    def result(self, output: Path) -> Path | str:
+        return self.place.parent / output.name
+
     def bring(self):
         """The newest whole copy, where this machine has none as new."""
-        there = [path for path in all_checkpoints(self.place) if not fault(path)] if self.place.is_dir() else []
+        there = [path for path in self.begun() if not fault(path)]
         here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
         if there and (not here or position(here[-1]) < position(there[-1])):
             print(f"Traigo {there[-1].name} de {self.place} …")
@@ -63,9 +94,9 @@ class Copies:
         """The result beside the copies, which nobody needs any more."""
         self.wait()
         try:
-            copy_folder(output, self.place.parent / output.name)
+            copy_folder(output, self.result(output))
             discard(self.place)
-            print(f"✅ Copiado en {self.place.parent / output.name}/")
+            print(f"✅ Copiado en {self.result(output)}/")
         except (OSError, UserError, shutil.Error) as error:
             print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")
 
@@ -87,7 +118,7 @@ class HubCopies(Copies):
 
     def __init__(self, repo: str, checkpoints: Path):
         super().__init__(repo, checkpoints)
-        self.repo, self.place = repo, f"el Hub ({repo})"
+        self.repo, self.place = repo, f"{ON_HUB}{repo}"
         self.ask(self._make)  # now, and not after hours
 
     def _make(self, api):
@@ -114,6 +145,15 @@ class HubCopies(Copies):
             api.super_squash_history(repo_id=self.repo)  # or what was deleted would go on taking its room
 
         self.ask(upload)
+
+    def begun(self) -> list[Path]:
+        return self.ask(self.there)
+
+    def finished(self, output: Path) -> bool:
+        return self.ask(lambda api: any(name.startswith(f"{output.name}/") for name in api.list_repo_files(self.repo)))
+
+    def result(self, output: Path) -> Path | str:
+        return f"{self.place}, carpeta {output.name}"
 
     def there(self, api) -> list[Path]:
         """Checkpoints in the repository, oldest first: each came whole, in one commit."""
@@ -149,6 +189,6 @@ class HubCopies(Copies):
 
         try:
             self.ask(upload)
-            print(f"✅ Copiado en {self.place}, carpeta {output.name}/")
+            print(f"✅ Copiado en {self.result(output)}/")
         except UserError as error:
             print(f"⚠️  El resultado está entero en {output}/, pero no se ha podido copiar: {error}")

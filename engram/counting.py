@@ -179,7 +179,7 @@ class Choice:
     place: str = "auto"
     steps: tuple[bool, bool] = (True, True)  # which phases run
     keep: int = 1  # checkpoints kept
-    resume: float = 0  # bytes of the checkpoints that are there already, of a training to go on with
+    resume: float | None = None  # bytes of the checkpoints that are there already, of a training to go on with
     shard: bool = False  # every process keeps a part of the rows instead of all
     shard_model: bool = False  # and of the dense weights, their gradients and states
     asked: tuple[int | None, int | None] = (None, None)  # steps of each phase, where they were said
@@ -204,18 +204,18 @@ def shapes(config):
 
 
 def optimizer_bytes(shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
-    """Bytes that torch's optimiser keeps for one float32 parameter, and those that its update takes for a moment.
+    """Bytes that an optimiser keeps for one float32 parameter, and those that its update takes for a moment.
 
-    AdamW: two numbers per value. Adafactor: one per row and column of a matrix, or per value (float32; one more number
-    for the count of steps). Of 8 bits (bitsandbytes): from 4,096 values on, two bytes per value, two scales per 256,
-    and two tables of 256.
+    AdamW (torch): two numbers per value, and one for the count of steps. Adafactor (transformers): one per row and
+    column of a matrix, or per value, and one more. Of 8 bits (bitsandbytes): from 4,096 values on, two bytes per value,
+    two scales per 256, and two tables of 256.
     """
     size = math.prod(shape)
     if optimizer == "adamw8bit":
         return 2 * (size + 4 * -(-size // 256) + 1024) if size >= 4096 else 8 * size, 16 * size
     if optimizer == "adafactor":
         kept = size // shape[-1] + size // shape[-2] if len(shape) > 1 else size
-        return 4 * kept + 4, 4 * size
+        return 4 * kept + 4, 8 * size
     return 8 * size + 4, 8 * size
 
 
@@ -267,7 +267,7 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     disk = own + states + rows + row_states
     final = weights + rows
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
-    files |= {"lo que se guarda a su lado": max(0, max(disk * choice.keep, final) - choice.resume)}
+    files |= {"lo que se guarda a su lado": max(0, max(disk * choice.keep, final) - (choice.resume or 0))}
     written = max(own, rows + row_states)  # in one file at a time
     if not machine.gpu:
         ram = {**computing, **stored}

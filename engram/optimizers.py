@@ -4,9 +4,12 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import math
+from functools import partial
 
 import torch
+from transformers import Adafactor
 
+from engram.console import UserError
 from engram.processes import average_gradients, beside_parts, in_any_process, whole
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
@@ -39,7 +42,13 @@ class EngramOptimizer(torch.optim.Optimizer):
         return {"parts": [self.dense.state_dict()]}
 
     def load_state_dict(self, state):
-        self.dense.load_state_dict(state["parts"][0])
+        dense = state["parts"][0]
+        if isinstance(self.dense, Adafactor) and any("row_var" in kept for kept in dense["state"].values()):
+            raise UserError(
+                "Este entrenamiento es de una versión anterior, cuyo Adafactor daba pasos cientos de veces menores que "
+                "las tasas, y no se puede seguir: empieza de nuevo, con otra --salida."
+            )
+        self.dense.load_state_dict(dense)
         self.param_groups = [*self.dense.param_groups, self.rows]
 
 
@@ -50,7 +59,8 @@ def make_optimizer(
 
     Args:
         kind: "adamw"; "adamw8bit", with 8-bit states (bitsandbytes); or "adafactor", whose second moments are factored
-            (Shazeer and Stern, 2018).
+            (Shazeer and Stern, 2018), here with steps of the rate's own size, as Adam's are: torch's are the rate's
+            share of what a weight measures, hundreds of times less.
     """
     # Embedding and head have a group of their own in every checkpoint, though they train as the other matrices do.
     groups = {"matrices": [], "outer": [], "vectors": [], "memory": [], "memory_vectors": []}
@@ -74,8 +84,10 @@ def make_optimizer(
     ]  # fmt: skip
     if kind == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as dense
+    elif kind == "adafactor":
+        dense = partial(Adafactor, scale_parameter=False, relative_step=False)
     else:
-        dense = torch.optim.Adafactor if kind == "adafactor" else torch.optim.AdamW
+        dense = torch.optim.AdamW
     return EngramOptimizer(dense(groups), tables, table_rate)
 
 

@@ -178,7 +178,7 @@ def table(config, choice, machine) -> str:
 
 def advice(config, choice, machine, given=()) -> str:
     """What to run instead of a choice that does not fit."""
-    if choice.resume:
+    if choice.resume is not None:
         return "Un entrenamiento a medias no cambia de receta: libera sitio y repite la misma orden."
     found = search(config, choice, machine)
     if not found and choice.keep > 1:
@@ -353,8 +353,8 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
         raise UserError(
             f"--repartir-modelo es para varios procesos y en {machine.name} hay uno: quítalo, o mira --plan t4x2."
         )
-    begun = Path(f"{args.salida}-checkpoints").rglob("*") if args.reanudar else ()
-    there = sum(file.stat().st_size for file in begun if file.is_file())
+    begun = Path(f"{args.salida}-checkpoints").rglob("*")
+    there = sum(file.stat().st_size for file in begun if file.is_file()) if args.reanudar else None
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
         (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, there, args.repartir_filas,

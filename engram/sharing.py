@@ -202,6 +202,7 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
         control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
         content=memory_line(outcome["memory"]).strip(), **words,
     )  # fmt: skip
+    model.config.engram_phi_trained = recipe.steps[1] > 0 or phi_was_trained(model)
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -213,8 +214,12 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
         plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png", control)
 
 
-def phi_was_trained(name) -> bool:
-    """Whether the model in a folder, or on the Hub, says that phase 2 changed its Phi."""
+def phi_was_trained(model) -> bool:
+    """Whether a model says that its Phi was trained since the graft; an earlier version's in its log alone."""
+    if model.config.engram_phi_trained:
+        return True
+    if not (name := model.name_or_path):
+        return False
     log = cached_file(
         name, LOG, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
@@ -223,10 +228,10 @@ def phi_was_trained(name) -> bool:
 
 
 def hub_token() -> str:
-    """The token of the environment, of Colab's secrets or of Kaggle's."""
+    """The token of the environment, or of Kaggle's secrets; Colab's are the notebook's own process's alone."""
     from huggingface_hub import get_token
 
-    token = get_token()  # HF_TOKEN, Colab's secrets, a login on this machine
+    token = get_token()  # HF_TOKEN, a login on this machine
     if token is None:
         try:
             from kaggle_secrets import UserSecretsClient
@@ -234,9 +239,13 @@ def hub_token() -> str:
             token = UserSecretsClient().get_secret("HF_TOKEN")
         except Exception:  # not on Kaggle, or no secret of that name: the message below serves both
             raise UserError(
-                "--subir necesita tu llave de Hugging Face con permiso de escritura. Créala en "
-                "https://huggingface.co/settings/tokens y guárdala como secreto HF_TOKEN (Colab: icono de la llave; "
-                "Kaggle: Add-ons → Secrets) o, en una terminal: export HF_TOKEN=hf_…"
+                "Para guardar en el Hub hace falta tu llave de Hugging Face, con permiso de escritura. Créala en "
+                "https://huggingface.co/settings/tokens y ponla así:\n"
+                "   en Colab, como secreto HF_TOKEN (icono de la llave), y ejecuta después en una celda:\n"
+                "      import os; from google.colab import userdata\n"
+                '      os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")\n'
+                "   en Kaggle, como secreto HF_TOKEN (Add-ons → Secrets);\n"
+                "   en una terminal: export HF_TOKEN=hf_…"
             ) from None
     return token
 

@@ -19,11 +19,11 @@ class StopRequests:
     """False until somebody asks to stop after the present step.
 
     A second request, more than a second later, stops at once, but never in the middle of `saving`. A notebook's stop
-    button sends several signals within half a second.
+    button sends several signals within half a second. Where there is `nothing_to_save`, the first one stops at once.
     """
 
     def __init__(self):
-        self.first, self.busy = None, False
+        self.first, self.busy, self.idle = None, False, False
 
     def __bool__(self) -> bool:
         return self.first is not None
@@ -31,6 +31,9 @@ class StopRequests:
     def ask(self, number, frame):
         if number == getattr(signal, "SIGHUP", None):
             let_go_of_terminal()
+        if self.idle:
+            self.idle, self.first = False, time.monotonic()
+            raise KeyboardInterrupt
         if self.first is None:
             self.first = time.monotonic()
             tqdm.write("\nTermino este paso, guardo y lo dejo; otra vez Ctrl-C para salir ya.")
@@ -44,6 +47,16 @@ class StopRequests:
             yield
         finally:
             self.busy = False
+
+    @contextmanager
+    def nothing_to_save(self, really=True):
+        self.idle = really
+        try:
+            if really and self:  # asked for just before
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.idle = False
 
 
 def let_go_of_terminal():

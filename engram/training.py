@@ -80,8 +80,8 @@ class Training:
         if self.accelerator.is_main_process:
             sweep(self.output.parent, re.escape(self.output.name) + "(?:-checkpoints)?")
             sweep(self.checkpoints, "fase-.*")
-            if resume and self.copies:
-                self.copies.bring()
+            if self.copies:
+                self.copies.begin(self.output, resume)
         self.accelerator.wait_for_everyone()
         if not resume:
             if all_checkpoints(self.checkpoints):
@@ -108,7 +108,7 @@ class Training:
                     self.accelerator.load_state(str(self.saved), strict=False)
             self.tables.load(self.saved)
         except Exception as error:
-            if not is_damage(error):
+            if isinstance(error, UserError) or not is_damage(error):
                 raise
             raise UserError(
                 f"El punto de control {self.saved} está dañado ({type(error).__name__}). Borra esa carpeta: "
@@ -223,7 +223,8 @@ class Training:
         elif phase == 2:
             self.save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
         if not self.state["results"]:
-            self.measure("antes de entrenar", 0)
+            with stop.nothing_to_save():
+                self.measure("antes de entrenar", 0)
 
         def on_step(step, loss, spent):
             share = {layer: [round(value, 6) for value in pair] for layer, pair in self.share.items()}
@@ -246,14 +247,15 @@ class Training:
             first=first, offset=self.steps_before(phase), on_step=on_step, share=self.share,
         )  # fmt: skip
         what, speed = "solo la memoria" if phase == 1 else "todo el modelo", recipe.tokens_per_step * steps / seconds
-        done = self.steps_before(phase) + steps
-        self.measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
-        if phase == 1:
-            if fingerprint(self.model) != self.state["backbone"]:
-                raise RuntimeError("phase 1 changed the backbone")
-            self.accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
-        if phase == 2 or not recipe.steps[1]:
-            self.measure_memory()
+        done, at_end = self.steps_before(phase) + steps, phase == 2 or not recipe.steps[1]
+        with stop.nothing_to_save(at_end):  # the last step is in a checkpoint
+            self.measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
+            if phase == 1:
+                if fingerprint(self.model) != self.state["backbone"]:
+                    raise RuntimeError("phase 1 changed the backbone")
+                self.accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+            if at_end:
+                self.measure_memory()
         self.tell_exchange(max(1, steps - first))
         self.accelerator.unwrap_model(self.running, keep_fp32_wrapper=False)
         self.accelerator.free_memory()

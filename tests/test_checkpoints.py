@@ -335,9 +335,96 @@ def test_copies_outlive_the_machine_and_a_copy_that_fails_stops_nothing(place, w
     assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
     assert weights(place) == whole and weights(drive) == whole and not copies.exists()
     shutil.rmtree(place / kills.OUTPUT)
+    shutil.rmtree(drive / kills.OUTPUT)
     (drive / f"{kills.OUTPUT}-checkpoints").write_text("en medio")
     code, out = run(place, "--copia", str(drive))
     assert code == 0 and "No se ha podido copiar el punto de control" in out and weights(place) == whole, out
+
+
+def test_what_a_second_place_holds_is_never_replaced_by_another_training(place, whole, tmp_path):
+    drive = tmp_path / "Drive"
+    drive.mkdir()
+    copy, copies = ["--copia", str(drive)], drive / f"{kills.OUTPUT}-checkpoints"
+    killed(place, "un paso", 15, 0, options=copy)
+    names = [path.name for path in checkpoints.all_checkpoints(copies)]
+    shutil.rmtree(place / f"{kills.OUTPUT}-checkpoints")  # another machine
+    code, out = run(place, *copy)  # and --reanudar forgotten
+    assert code == 1 and f"En {copies} hay un entrenamiento a medias" in out and "añade --reanudar" in out, out
+    assert names and [path.name for path in checkpoints.all_checkpoints(copies)] == names
+    half = copies / ".fase-2-paso-0000000-0123abcd"  # of a process that died while it copied
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(bytes(1000))
+    assert run(place, *copy, "--reanudar", "--pasos-fase2", "5")[0] == 1 and not half.exists()
+    code, out = run(place, *copy, "--reanudar")
+    assert code == 0 and weights(drive) == whole, out
+    (drive / kills.OUTPUT / "notas.txt").write_text("mías")
+    for options, words in (
+        (["--reanudar"], "ya hay un modelo terminado"), (["--semilla", "1"], f"{kills.OUTPUT}/ ya existe"),
+    ):
+        code, out = run(place, *copy, *options)
+        assert code == 1 and words in out, out
+    shutil.rmtree(place / kills.OUTPUT)  # yet another machine
+    for options in ([], ["--reanudar"], ["--semilla", "1"]):
+        code, out = run(place, *copy, *options)
+        assert code == 1 and f"En {drive / kills.OUTPUT} ya hay un modelo terminado" in out, out
+    assert (drive / kills.OUTPUT / "notas.txt").exists() and weights(drive) == whole and not copies.exists()
+
+
+def test_a_training_brought_from_a_second_place_goes_on_at_the_rates_that_it_began_with(place, tmp_path):
+    drive = tmp_path / "Drive"
+    drive.mkdir()
+
+    def begun_before(*options):
+        train.phi_1_recipe = lambda factor, then: scaled(EARLIER_RECIPES[0], factor)
+        kills.train_here(*options, kill=("un paso", 15, 0))
+
+    assert run(place, "--copia", str(drive), action=begun_before)[0] == -signal.SIGKILL
+    shutil.rmtree(place / f"{kills.OUTPUT}-checkpoints")  # another machine
+    code, out = run(place, "--copia", str(drive), "--reanudar")
+    assert code == 0 and "Traigo fase-" in out and "Sigo desde la fase" in out, out
+
+
+def test_a_finished_training_is_not_trained_again(place, whole):
+    assert run(place)[0] == 0
+    (place / f"{kills.OUTPUT}-checkpoints").mkdir()  # as a command that was refused leaves it
+    code, out = run(place, "--reanudar")
+    assert code == 1 and f"{kills.OUTPUT}/ ya está terminado" in out and weights(place) == whole, out
+
+
+def test_salida_is_the_same_with_a_slash_behind_and_names_a_folder(place, whole):
+    killed(place, "un paso", 7, 0)
+    assert train.from_args(train.parse([*kills.OPTIONS, "--salida", f"{kills.OUTPUT}/", "--reanudar"]))[1].resume > 1e5
+    code, out = run(place, "--salida", f"{kills.OUTPUT}/", "--reanudar")
+    assert code == 0 and "Sigo desde la fase 1" in out and weights(place) == whole, out
+    for name in (".", "..", "a/.."):
+        with pytest.raises(UserError, match="escribe el nombre de una carpeta nueva"):
+            train.parse(["--salida", name, "--reanudar"])
+
+
+@pytest.mark.parametrize("measured", [1, 3, 4, 5])
+def test_asked_to_stop_while_held_out_text_is_measured_it_stops_there(place, whole, measured):
+    """1: before the first step; 3: after the last; 4 and 5: with the memory off, and shuffled."""
+
+    def stopped(*options):
+        from engram import training
+
+        evaluate, calls = training.evaluate, []
+
+        def interrupted(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == measured:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert len(calls) <= measured
+            return evaluate(*args, **kwargs)
+
+        training.evaluate = interrupted
+        kills.train_here(*options)
+
+    code, out = run(place, action=stopped)
+    assert code == 1 and "KeyboardInterrupt" in out and "repite la misma orden con --reanudar" in out, out
+    assert not (place / kills.OUTPUT).exists()
+    code, out = run(place, "--reanudar")
+    assert code == 0 and weights(place) == whole, out
 
 
 def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
@@ -350,7 +437,7 @@ def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         code, out = run(place, "--copia", "hub:usuario/copias")
-        assert code == 1 and "necesita tu llave de Hugging Face" in out and not hub.repos, out
+        assert code == 1 and "hace falta tu llave de Hugging Face" in out and not hub.repos, out
         monkeypatch.setenv("HF_TOKEN", hub.token)
         killed(place, "un paso", 13, 0, options=["--copia", "hub:usuario/copias"])
         folder = place / f"{kills.OUTPUT}-checkpoints"
@@ -372,8 +459,17 @@ def test_copies_on_the_hub_outlive_the_machine(place, whole, monkeypatch):
         there = hub.repos["usuario/copias"]
         assert weights(place) == whole == kills.tensors_of(there[f"{kills.OUTPUT}/{helpers.DENSE_FILE}"])
         assert {path.split("/")[0] for path in there} <= {kills.OUTPUT, ".gitattributes"}
+        shutil.rmtree(place / kills.OUTPUT)  # yet another machine
+        code, out = run(place, "--copia", "hub:usuario/copias", "--reanudar")
+        assert code == 1 and f"En hub:usuario/copias, carpeta {kills.OUTPUT} ya hay un modelo terminado" in out, out
+        state = json.dumps(dict(identity={}, files={})).encode()
+        half = {f"{folder.name}/fase-1-paso-0000002/estado.json": state}
+        hub.add("usuario/copias", half, private=True)
+        code, out = run(place, "--copia", "hub:usuario/copias")
+        assert code == 1 and "En hub:usuario/copias hay un entrenamiento a medias" in out, out
+        assert hub.repos["usuario/copias"] == half
+        hub.add("usuario/copias", {}, private=True)
         hub.closed.add("usuario/copias")  # that stops no training
-        shutil.rmtree(place / kills.OUTPUT)
         code, out = run(place, "--copia", "hub:usuario/copias")
         assert code == 0 and "No se ha podido copiar" in out and "El Hub no aceptó 'usuario/copias'" in out, out
     assert run(place, "--copia", "hub:copias")[0] == 1

@@ -226,6 +226,34 @@ def test_every_parameter_has_one_rate_and_decay_where_it_belongs(kind):
     assert losses[2] < losses[0]
 
 
+@pytest.mark.parametrize("kind", helpers.installed(optimizers.OPTIMIZERS))
+def test_a_first_step_is_of_the_rates_own_size_whatever_the_optimiser(kind):
+    """Adam's first step is the rate; so is Adafactor's, but for what factoring leaves out (a matrix of rank one: none).
+
+    float32, 1 %: eps beside gradients of 1, and 8-bit states' rounding.
+    """
+    model = torch.nn.ModuleDict(dict(engram=torch.nn.Linear(64, 128), other=torch.nn.Linear(64, 128)))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = optimizers.make_optimizer(model, *RATES[:3], decay=0.0, kind=kind)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[name]).square().mean().sqrt().item()
+        assert moved == pytest.approx(RATES["engram" in name], rel=0.01), name
+
+
+def test_states_of_an_adafactor_with_other_steps_are_refused():
+    model = torch.nn.ModuleDict(dict(other=torch.nn.Linear(4, 8)))
+    optimizer = optimizers.make_optimizer(model, 1e-3, 1e-3, 1e-3, 0.0, kind="adafactor")
+    old = torch.optim.Adafactor(model.parameters(), 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    old.step()
+    with pytest.raises(UserError, match="de una versión anterior.*otra --salida"):
+        optimizer.load_state_dict({"parts": [old.state_dict()]})
+
+
 def test_recomputed_activations_give_the_same_rows_gradients():
     model = fresh_model()
     ids = helpers.random_ids(model, 2, 16)

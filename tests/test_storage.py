@@ -759,7 +759,10 @@ def test_load_converts_and_takes_the_memory_alone(here, capsys):
     assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "later") == 0
     assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
     assert "solo sirve con el Phi de `trained`" in (here / "later" / "README.md").read_text(encoding="utf-8")
+    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "smaller") == 0
     os.remove("trained/entrenamiento.jsonl")
+    assert run(load_script, "--modelo", "smaller", "--solo-memoria", "--salida", "last") == 0
+    assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
     assert run(load_script, "--modelo", "base", "--cambiar-memoria", "alone", "--salida", "again") == 0
     assert torch.equal(logits(open_model("again")[0], ids), expected)
     assert "✅ Memoria cambiada" in capsys.readouterr().out

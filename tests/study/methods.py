@@ -100,7 +100,9 @@ def prepare(engram, control: str | None, size: float):
             nn.init.normal_(layer.value_proj.weight, std=layer.value_proj.in_features**-0.5)
 
 
-def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, mlp=None, offset=0) -> float:
+def learn(
+    model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, mlp=None, offset=0, optimizer="adamw"
+) -> float:
     """Take the steps; returns the mean loss of the last 20."""
     sinkhorn = memory.get("row_state") == "sinkhorn"
     row_state = "adam" if sinkhorn else memory.get("row_state", "adam")
@@ -108,8 +110,9 @@ def learn(model, engram, recipe, ids, steps: int, memory: dict, backbone=0.0, ml
     for part in tables.parts.values() if sinkhorn else ():
         part._update = partial(sinkhorn_step, part)
     optimizer = make_optimizer(
-        model, backbone, mlp or memory.get("dense", 0.0), memory.get("rows", 0.0), 0.0, tables=tables
-    )
+        model, backbone, mlp or memory.get("dense", 0.0), memory.get("rows", 0.0), 0.0, optimizer,
+        tables,
+    )  # fmt: skip
     losses = []
     run_steps(
         Accelerator(cpu=True, mixed_precision="bf16"), model, optimizer, SimpleNamespace(train=ids), recipe,

@@ -61,12 +61,14 @@ def study_rows(done: dict) -> dict[str, dict]:
     # What train_phi_engram.py does by itself: its first phase alone, and both with several rates in the second.
     first = dict(dense=PHI_1_RECIPE.memory_rates[0], rows=PHI_1_RECIPE.table_rates[0])
     rows["receta"] = dict(parte=1, memory=first)
+    rows["receta-adafactor"] = dict(rows["receta"], optimizer="adafactor")
     rows["largo-receta"] = dict(rows["receta"], steps=LONG)
     for name, rate in (("fases", 1e-4), ("fases-medias", 1e-3), ("fases-altas", 3e-3)):
         then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=dict(dense=rate, rows=10 * rate))
         rows[name] = dict(rows["largo-receta"], then=then)
         rows[f"{name}-networkx"] = dict(rows[name], domain="networkx")
     rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
+    rows["largo-todo-adafactor"] = dict(rows["largo-todo"], optimizer="adafactor")
     rows["largo-todo-networkx"] = dict(rows["largo-todo"], domain="networkx")
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
@@ -192,8 +194,9 @@ class Ruler:
 # ---------- A row ----------
 
 def trained_row(
-    ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None, then=None
-) -> dict:
+    ruler, domain, steps, seed, memory=None, lora=None, everything=None, mlp=None, control=None, then=None,
+    optimizer="adamw",
+) -> dict:  # fmt: skip
     """Train what the settings say, and measure it. `then`: what a second phase trains after a tenth of the steps."""
     model, tokenizer = ruler.open()
     ids, blocks, names = ruler.domain(domain, tokenizer)
@@ -217,7 +220,7 @@ def trained_row(
     )
     learned = partial(
         methods.learn, model, engram, recipe, backbone=everything or (lora or {}).get("rate", 0.0), mlp=mlp,
-        memory=dict(memory or {}, **({"rows": 0.0} if control == "ruido" else {})),
+        memory=dict(memory or {}, **({"rows": 0.0} if control == "ruido" else {})), optimizer=optimizer,
     )  # fmt: skip
     started = time.perf_counter()
     if steps:

@@ -64,7 +64,7 @@ def method(row: dict) -> str:
     ]
     if then:
         return f"{method(dict(memory=memory))}, y después {method(then)}"
-    return " + ".join(part for part in parts if part)
+    return " + ".join(part for part in parts if part) + (", con Adafactor" if row.get("optimizer") else "")
 
 
 def summary(rows: list[dict], base: dict) -> str:
