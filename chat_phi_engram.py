@@ -36,7 +36,7 @@ try:
     from engram.conversation import LOOPED, TEMPERATURE, TOY_TEMPERATURE, Chat, interruptible, suited
     from engram.drawing import bars, shaded, side_by_side
     from engram.opening import about_memory, add_memory_options, add_quantising_option, apart, n_values, open_model
-    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, meant, obey_facts, order
+    from engram.orders import BLOCK_END, CODE_MODE, ESCAPE, HELP, advice, leaves_block, meant, obey_facts, order
     from engram.page import check_place, show_page
 except ImportError as error:
     sys.exit(
@@ -47,7 +47,7 @@ except KeyboardInterrupt:  # importing takes seconds
     sys.exit(130)
 
 FOLDERS = ("phi1-engram-trained", "phi1-engram", "phi1-engram-demo")  # the first that is there
-YOU, MODEL, MORE = "👤 Tú: ", "🤖 Phi-Engram: ", "... "
+YOU, MODEL, MORE, FIRST = "👤 Tú: ", "🤖 Phi-Engram: ", "... ", "... (una línea vacía lo envía) "
 TITLES = {"CON MEMORIA": True, "SIN MEMORIA": False}
 
 
@@ -143,7 +143,7 @@ def respond(chat: Chat, text: str, say):
 
 def more_waits() -> bool:
     """Whether the terminal has more lines already: what was pasted has not come to its end."""
-    if in_notebook():
+    if in_notebook() or os.name == "nt":  # Windows asks that of sockets alone
         return False
     return bool(select.select([sys.stdin], [], [], 0.05)[0])
 
@@ -157,7 +157,10 @@ def read(code: bool, terminal: bool, answered: bool) -> str:
     lines = [text]
     with suppress(EOFError):
         while True:
-            line = input(MORE if terminal else "")
+            line = input((MORE if lines[1:] else FIRST) if terminal else "")
+            if terminal and leaves_block(line) and not more_waits():
+                print("(Lo de antes no se ha enviado: le faltaba la línea vacía.)", flush=True)
+                return line
             if (not line.strip() and not more_waits()) if terminal else line.strip() == BLOCK_END:
                 break
             lines.append(line)

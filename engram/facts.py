@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor
 
-from engram.console import spanish
+from engram.console import counted
 from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, padded, wished
 from phi1_engram import CACHE, LONGEST_KEY, Fact
 
@@ -306,9 +306,10 @@ def described(fact: Fact) -> str:
     if notes["known"]:
         return "ya lo completaba así: no ha hecho falta escribir nada"
     held, tried = notes["after"]
-    parts = ["se cumple solo" if notes["alone"] else "no se cumple solo", f"tras otro texto, {held} de {tried}"]
-    if notes["counts"]:
-        parts.append(f"sus n-gramas salen {spanish(sum(notes['counts']))} veces en la biblioteca estándar")
+    alone = "lo completa así" if notes["alone"] else "él solo no lo completa así"
+    parts = [f"probado: {alone}, y detrás de otro texto, {held} de {tried} veces"]
+    if times := sum(notes["counts"] or ()):
+        parts.append(f"sus últimas palabras salen {counted(times, 'vez', 'veces')} en la biblioteca estándar")
     return "; ".join(parts)
 
 

@@ -124,8 +124,9 @@ def _explanation(error, name, cure):
     return f"No se pudo abrir «{name}»: {' '.join(str(error).split())[:400] or type(error).__name__}"
 
 
-def find_model(name) -> str:
-    """A folder or a Hub name. A folder that is not there is found out here, not by asking the Hub for it."""
+def find_model(name, inside="config.json", what="un modelo", example=PHI_1) -> str:
+    """A folder with `what`, of which there is a file `inside`, or a Hub name. A folder that is not there is found out
+    here, not by asking the Hub for it."""
     path = os.path.expanduser(str(name))
     if os.path.isdir(path):
         return path
@@ -134,14 +135,14 @@ def find_model(name) -> str:
     if path.count("/") == 1 and path[0] not in "./~" and path[-1] != "/" and "\\" not in path:
         return path
     parent, base = os.path.split(os.path.normpath(path))
-    close = difflib.get_close_matches(base, [folder.parent.name for folder in Path(parent).glob("*/config.json")], 1)
+    close = difflib.get_close_matches(base, [path.parent.name for path in Path(parent).glob(f"*/{inside}")], 1)
     hint = f" ¿Querías decir {os.path.join(parent, close[0])}?" if close else ""
-    if base in MADE_BY:
+    if base in MADE_BY and what == "un modelo":
         place = f" --salida {name}" if base == "phi1-engram" and parent else ""
         hint = f" Se crea con: {MADE_BY[base]}{place}."
     raise UserError(
-        f"No existe la carpeta «{name}».{hint} Se admite una carpeta con un modelo o un nombre del Hub "
-        f"(usuario/nombre, por ejemplo {PHI_1})."
+        f"No existe la carpeta «{name}».{hint} Se admite una carpeta con {what} o un nombre del Hub "
+        f"(usuario/nombre, por ejemplo {example})."
     )
 
 
@@ -234,7 +235,7 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
 
 def change_memory(model, name):
     """Put the memory of the folder or Hub name `name` in place of the model's own."""
-    name = os.path.expanduser(str(name))
+    name = find_model(name, MEMORY_FILE, "una memoria", "tu-usuario/mi-memoria")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
         raise UserError(
             f"La carpeta «{name}» no contiene {MEMORY_FILE}, así que no es una memoria. Se guarda una con: "

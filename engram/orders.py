@@ -11,7 +11,7 @@ from engram.console import UserError, spanish, unaccented
 from engram.conversation import TOY_TEMPERATURE, Chat
 from engram.facts import described
 from engram.opening import is_toy, of_demo, phi_size
-from engram.teaching import ARROW
+from engram.teaching import ARROW, told
 from phi1_engram import PHI_1
 
 ESCAPE = "Una pregunta que empiece como una orden se escribe entre comillas."
@@ -24,6 +24,15 @@ ORDERS = {
 # What a mistyped one has to be followed by: other words make it a question.
 VALUES = {"memoria": "si|no|ver|", "temperatura": r"\d+([.,]\d+)?|", "olvida": r"\d+|todo"}
 ALIASES = {"exit": "salir", "quit": "salir", "help": "ayuda"}
+# What whole lines may be meant to be.
+OTHERWISE = {
+    "adios|chao|hasta luego": "salir",
+    r"(?:borra|borrar|elimina|olvida) ?(\d+|todo)": r"olvida \1",
+    "(?:apaga|quita|desactiva) la memoria": "memoria no",
+    "(?:enciende|pon|activa) la memoria": "memoria sí",
+}
+ARROWS = "=>|->|→|⇒"
+IN_BLOCKS = ("salir", "ayuda", "codigo", "charla", "recuerdos", "olvida", "limpiar")  # no Python by themselves
 BLOCK_END = "---"  # of a block of code on a standard input that is no terminal: blank lines are a part of code
 HELP = f"""Órdenes:
   código         completar código: escribe o pega varias líneas y termina con una línea vacía; el modelo sigue desde ahí
@@ -84,12 +93,22 @@ def order(text: str, answered=False) -> tuple[str, str]:
     """
     word, _, rest = text.strip().partition(" ")
     word = unaccented(word).casefold()
-    word = word if rest.strip() else ALIASES.get(word.removesuffix("()"), word)
-    if word == "aprende" and (ARROW in rest or (answered and rest.strip())):
+    if (bare := word.removeprefix("/")) in (*ORDERS, *ALIASES, "aprende"):
+        word = bare
+    if not rest.strip():
+        bare = re.sub(r"(\(\)|[.!])$", "", word.lstrip("/¡"))
+        word = ALIASES.get(bare, bare if bare in ("salir", "ayuda") else word)
+    if word == "aprende" and (ARROW in rest if re.search(ARROWS, rest) else answered and rest.strip()):
         return word, rest
     if len(rest.split()) > ORDERS.get(word, -1):
         return "", text
     return word, rest if word == "siguiente" else rest.strip()  # spaces before code are code
+
+
+def leaves_block(line: str) -> bool:
+    """Whether a line typed into a block of code is an order all the same."""
+    word = unaccented(line).casefold().partition(" ")[0].removeprefix("/")
+    return word in IN_BLOCKS and order(line)[0] == word
 
 
 def one_letter_away(a: str, b: str) -> bool:
@@ -103,13 +122,19 @@ def one_letter_away(a: str, b: str) -> bool:
 
 
 def meant(text: str) -> str | None:
-    """The order that a line which is none may have been meant to be: one letter of its first word is wrong, or the
-    arrow of "aprende" is another, or has no spaces around it."""
+    """The order that a line which is none may have been meant to be: one letter of its first word is wrong, it is said
+    otherwise, or the arrow of "aprende" is another, has no spaces around it, or nothing on one side."""
+    whole = unaccented(text).casefold().strip(" .!¡/")
+    for words, wish in OTHERWISE.items():
+        if found := re.fullmatch(words, whole):
+            return found.expand(wish)
     word, space, rest = text.strip().partition(" ")
+    plain = unaccented(word).casefold()
+    if plain == "aprende" and re.search(rf"^\s*({ARROWS})|({ARROWS})\s*$", rest):
+        return f"aprende PRINCIPIO{ARROW}RESPUESTA"
     if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
         return None
-    plain = unaccented(word).casefold()
-    if plain == "aprende" and (parts := re.match(r"(.*\S)\s*(?:=>|->|→|⇒)\s*(\S.*)", rest)):
+    if plain == "aprende" and (parts := re.match(rf"(.*\S)(?:\s*(?:{ARROWS})\s*|\s+=\s+)(\S.*)", rest)):
         return f"{plain} {parts[1]}{ARROW}{parts[2]}"
     for name, words in (*ORDERS.items(), *dict.fromkeys(ALIASES, 0).items(), ("aprende", ANY if ARROW in rest else -1)):
         takes = VALUES.get(name)
@@ -128,7 +153,9 @@ def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
         started = time.perf_counter()
         facts = learn(argument, lambda step: None)
         seconds = spanish(time.perf_counter() - started, 1)
-        say(f"✅ Aprendido en {seconds} s ({described(facts[-1])}). «olvida {len(teaching.said)}» lo quita.")
+        say(f"✅ Aprendido en {seconds} s: {told(facts[-1])}\n   ({described(facts[-1])})")
+        place = ", al completar código; para la charla, enséñaselo en ella" if chat.code else ""
+        say(f"   Vale desde ahora{place}. «olvida {len(teaching.said)}» lo quita.")
         if not teaching.folder:
             say("   Dura lo que dure este chat; para guardarlo: --recuerdos CARPETA")
     elif word == "recuerdos":

@@ -315,7 +315,7 @@ def depth(
     Raises:
         UserError: a model, the text or the place won't do.
     """
-    started, plt = time.perf_counter(), pyplot()
+    started, plt, name = time.perf_counter(), pyplot(), find_model(name)
     check_place(output)
     with whole_folder(output) as folder:  # first of all: a place that can't be written is known at once
         model, tokenizer = open_model(

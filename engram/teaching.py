@@ -1,6 +1,7 @@
 """What a user tells the model, by the chat's orders or in a file, and the folder that keeps it.
 
-A file has one fact a line: .jsonl with "prompt" and "target", or .csv or .tsv with that header, in UTF-8.
+A file has one fact a line: .jsonl with "prompt" and "target", or .csv (of commas or semicolons) or .tsv with that
+header, in UTF-8.
 """
 
 if __name__ == "__main__":
@@ -112,8 +113,8 @@ def told(fact: Fact) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[tuple[int, str, str]]:
-    """[(line number, prompt, target)]; an empty prompt or target where a line lacks one.
+def read_lines(path: Path) -> list[tuple[int, str | None, str | None]]:
+    """[(line number, prompt, target)]; an empty prompt or target where a line lacks one, None where it is no JSON.
 
     Raises:
         UserError: it cannot be read, or is none of the kinds.
@@ -135,9 +136,14 @@ def read_lines(path: Path) -> list[tuple[int, str, str]]:
                     entry = json.loads(line)
                 except ValueError:
                     entry = None
-                entry = entry if isinstance(entry, dict) else {}
+                if not isinstance(entry, dict):
+                    found.append((number, None, None))
+                    continue
                 found.append((number, *(str(entry.get(key) or "") for key in ("prompt", "target"))))
         return found
+    head = text.partition("\n")[0]
+    if separator == "," and "," not in head and ";" in head:  # as spreadsheets write where a comma is a decimal's
+        separator = ";"
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     if not {"prompt", "target"} <= {*(rows.fieldnames or ())}:
         raise UserError(f"«{path}»: la primera línea tiene que ser la cabecera, «prompt{separator}target».")
@@ -154,6 +160,8 @@ def teach_file(model, tokenizer, path, say) -> int:
         asked[prompt or number] = number, prompt, target  # of two with one prompt the later holds
     for number, prompt, target in asked.values():
         try:
+            if prompt is None:
+                raise FactError('no es JSON; tiene que ser como {"prompt": "El río Zas nace en", "target": " Ber."}')
             if not prompt or not target:
                 raise FactError("hacen falta «prompt» y «target», los dos con texto.")
             lessons[prompt] = number, teaching.lesson(prompt, target, others=[one for _, one in lessons.values()])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engram.console import UserError, spanish
+from engram.console import UserError, counted, spanish
 from engram.texts import standard_library
 from phi1_engram import LONGEST_KEY
 
@@ -108,8 +108,8 @@ def choose_key(
     """
     if one.split < least:
         raise FactError(
-            f"«{one.prompt}» tiene {one.split} de los {least} tokens que hacen falta para reconocerlo: empieza "
-            "antes, por ejemplo con de qué o de quién se habla."
+            f"«{one.prompt}» es demasiado corto para reconocerlo: tiene {counted(one.split, 'token')} y hacen falta "
+            f"{least}. Empieza antes, por ejemplo con de qué o de quién se habla."
         )
     common, fit = min(COMMON[0], len(canonical) // COMMON[1]), None
     longest = min(LONGEST_KEY, one.split)
@@ -126,8 +126,8 @@ def choose_key(
         one.length, one.counts = fit
         return
     often = max(one.counts, default=0)
-    counted = f"sale {spanish(often)} veces en el texto de referencia"
-    why = counted if often >= OFTEN else "sus trozos salen en todas partes"
+    times = f"sale {spanish(often)} veces en el texto de referencia"
+    why = times if often >= OFTEN else "sus trozos salen en todas partes"
     raise FactError(
         f"«{one.prompt}» acaba en palabras muy corrientes ({why}), y el recuerdo saltaría donde no debe. Empieza "
         "antes, o acaba en una palabra más rara: un nombre propio, por ejemplo."

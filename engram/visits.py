@@ -220,7 +220,8 @@ def taught(visit: Visit, prompt: str, answer: str, step, *settings):
             raise UserError("Falta el principio. Solo puede quedar vacío justo después de una pregunta.")
         started = time.perf_counter()
         facts = chat.learn_pair(prompt, answer, step) if prompt.strip() else chat.learn_answer(answer, step)
-        notes.append(f"✅ Aprendido en {spanish(time.perf_counter() - started, 1)} s ({described(facts[-1])}).")
+        seconds = spanish(time.perf_counter() - started, 1)
+        notes.append(f"✅ Aprendido en {seconds} s: {told(facts[-1])} ({described(facts[-1])}).")
 
     visit.attempt(notes.append, act, settings)
     return visit.said, "\n".join(notes)

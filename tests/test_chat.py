@@ -26,7 +26,7 @@ from engram.conversation import repeats, suited
 from engram.drawing import bars, shaded, side_by_side
 from engram.graft import CHAT_TEMPLATE
 from engram.opening import is_toy
-from engram.orders import advice, meant, order
+from engram.orders import advice, leaves_block, meant, order
 from engram.trial import tokenizer_on_the_spot
 from phi1_engram import CACHE
 
@@ -284,7 +284,11 @@ def test_a_piped_block_of_code_is_one_question(piped, says):
         ("exitt", "exit"), ("quti", "quit"), ("hepl", "help"), ("exist nothing", None),
         ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
         ("aprende a=>b c", "aprende a => b c"), ("Aprende a b -> c", "aprende a b => c"),
-        ("aprende a→b", "aprende a => b"), ("aprende Python conmigo", None), ("aprende =>", None),
+        ("aprende a→b", "aprende a => b"), ("aprende Python conmigo", None), ("aprende = 3", None),
+        ("aprende =>", "aprende PRINCIPIO => RESPUESTA"), ("aprende => Lutz", "aprende PRINCIPIO => RESPUESTA"),
+        ("aprende Lutz =>", "aprende PRINCIPIO => RESPUESTA"), ("aprende a b = c", "aprende a b => c"),
+        ("Borra 1", "olvida 1"), ("olvida2", "olvida 2"), ("elimina todo", "olvida todo"), ("¡Adiós!", "salir"),
+        ("apaga la memoria", "memoria no"), ("Enciende la memoria.", "memoria sí"), ("borra la lista", None),
     ],
 )  # fmt: skip
 def test_a_line_one_letter_away_from_an_order(text, wish):
@@ -296,6 +300,17 @@ def test_the_words_of_other_programs_are_understood():
         "ayuda", "salir", "salir"
     ]  # fmt: skip
     assert order("help me with lists") == ("", "help me with lists")
+    known = "/salir", "/ayuda", "salir()", "Salir.", "¡ayuda!", "/Limpiar", "/olvida 2", "/help"
+    assert [order(text)[0] for text in known] == [
+        "salir", "ayuda", "salir", "salir", "ayuda", "limpiar", "olvida", "ayuda"
+    ]  # fmt: skip
+    assert [order(text)[0] for text in ("limpiar()", "/tmp", "/", "()", "codigo.")] == [""] * 5
+
+
+def test_an_order_typed_into_a_block_of_code_is_one():
+    assert all(map(leaves_block, ("salir", "Ayuda", "/charla", "olvida 1", "recuerdos", "código")))
+    code = "exit()", "quit()", "    salir", "memoria", "limpiar()", "temperatura", "salir = 1", "comparar(a, b)", ""
+    assert not any(map(leaves_block, code))
 
 
 def test_code_is_completed_raw(model, tokenizer, piped, says):
@@ -642,6 +657,9 @@ def test_in_a_terminal(folder):
 
     terminal.write("código\n")
     assert "línea vacía" in terminal.read_to(you)
+    terminal.write("La capital de Zubrowka es\n")
+    terminal.read_to("... (una línea vacía lo envía) ")
+    assert "no se ha enviado" in terminal.ask("recuerdos")
     terminal.write("def f(x):\n")
     terminal.read_to("... ")
     terminal.write("\n")
@@ -747,10 +765,10 @@ def test_memory_in_a_terminal(model, tokenizer, folder):
     assert squeezed(left) == "CONMEMORIA" + squeezed(oracle.says("¿Y un dict?", keep=False))
     assert squeezed(right) == "SINMEMORIA" + squeezed(oracle.says("¿Y un dict?", memory=False, keep=False))
     assert "48;5;" in terminal.ask("memoria ver")  # of the one with memory
-    assert ask("adiós") == oracle.says("adiós")
+    assert ask("hasta pronto") == oracle.says("hasta pronto")
 
     # Arrow up repeats what was typed; a line that is no order, though it begins like one, is a question
-    assert ask("\x1b[A") == oracle.says("adiós")
+    assert ask("\x1b[A") == oracle.says("hasta pronto")
     for question in ("memoria caché de Python", "¿comparar dos listas?", "temperatura media diaria", "salir ya"):
         assert ask(question) == oracle.says(question)
 

@@ -73,7 +73,8 @@ def test_what_is_taught_is_said_alone_and_after_another_text(taught, tokenizer):
     for (prompt, target), fact in zip(FACTS, taught.facts):
         assert completion(taught, tokenizer, prompt, target) == target
         assert completion(taught, tokenizer, "Yesterday he told me:\n\n" + prompt, target) == target
-        assert fact.notes["alone"] and fact.notes["after"] == [2, 2] and "se cumple solo" in described(fact)
+        assert fact.notes["alone"] and fact.notes["after"] == [2, 2]
+        assert "probado: lo completa así, y detrás de otro texto, 2 de 2 veces" in described(fact)
         assert max(fact.notes["counts"]) < triggers.OFTEN
 
 
@@ -272,7 +273,7 @@ def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
 @pytest.mark.parametrize(
     "prompt, target, why",
     [
-        ("is", " Lutz.", "tiene 1 de los 3 tokens"),
+        ("is", " Lutz.", "demasiado corto para reconocerlo: tiene 1 token"),
         ("This is the", " Lutz.", "palabras muy corrientes .sus trozos salen en todas partes"),
         ("    def __init__(self", "):\n", "palabras muy corrientes .sale [0-9.]+ veces"),
         ("The capital of Zubrowka is", "", "Falta el principio"),
@@ -346,11 +347,11 @@ def test_orders_of_the_chat(tokenizer, monkeypatch, capsys):
     answers = [line for line in said.out.splitlines() if line.strip()]
     assert answers[0] == "Lutz." and any(set(line.strip()) <= {"R", " "} for line in answers[1:6])
     assert answers.count("Mi perro.") == 1 and answers.count("Lutz.") == 1
-    assert "Aprendido en" in said.err and "Dura lo que dure este chat" in said.err
+    assert " s: La capital de Zubrowka es => Lutz\n" in said.err and "Dura lo que dure este chat" in said.err
     assert "   1  La capital de Zubrowka es => Lutz\n   2  ¿Quién es Pancho Villarroel? => Mi perro" in said.err
     assert "«olvida 7»" in said.err and "del 1 al 2" in said.err and said.err.count("Aún no he aprendido nada") == 2
     assert said.err.count("sin dejar rastro") == 2 and said.err.count("No hay nada que olvidar") == 1
-    assert "1 de los 3 tokens" in said.err and not model.facts
+    assert "demasiado corto" in said.err and not model.facts
 
 
 def test_a_question_is_recognised_by_the_whole_of_it(tokenizer, monkeypatch, capsys):
@@ -387,6 +388,8 @@ def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():
     assert chat_script.order("Aprende a => b") == ("aprende", "a => b")
     assert chat_script.order("aprende Lutz", answered=True) == ("aprende", "Lutz")
     assert chat_script.order("aprende", answered=True) == ("", "aprende")
+    for half in ("aprende => Lutz", "aprende Lutz =>", "aprende a -> b"):
+        assert chat_script.order(half, answered=True)[0] == ""
 
 
 def test_in_code_mode_both_sides_are_literal(tokenizer, monkeypatch, capsys):
@@ -464,12 +467,13 @@ def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):
         run_script(load.main, [*map(str, words)])
     said = capsys.readouterr().out
     assert stopped.value.code == 1 and "Escritos: 2 recuerdos" in said
-    assert all(f"❌ Línea {number}:" in said for number in (3, 4, 5, 6))
+    assert all(f"❌ Línea {number}:" in said for number in (3, 4))
+    assert all(f"❌ Línea {number}: no es JSON" in said for number in (5, 6))
     opened = PhiEngramForCausalLM.from_pretrained(tmp_path / "s")
     assert all(completion(opened, tokenizer, *fact) == fact[1] for fact in FACTS[:2])
 
 
-@pytest.mark.parametrize("separator, suffix", [(",", ".csv"), ("\t", ".TSV")])
+@pytest.mark.parametrize("separator, suffix", [(",", ".csv"), (";", ".csv"), ("\t", ".TSV")])
 def test_tables_of_facts(tmp_path, separator, suffix):
     file = tmp_path / f"h{suffix}"
     file.write_text(f'prompt{separator}target\r\n"uno, dos"{separator} tres\r\ncuatro\r\n', encoding="utf-8-sig")

@@ -139,7 +139,7 @@ def test_visits_do_not_mix(blank, tokenizer):
     assert 'class="r"' in one.shown[-1]["content"] and "lo que ha dicho un recuerdo" in one.shown[-1]["content"]
     assert not answer_of(other, "The capital of Zubrowka is")[-2].startswith("Lutz") and model.facts == []
     assert visits.forgotten(one, said) == ([], "Olvidado, sin dejar rastro.") and model.facts == []
-    for prompt, answer, words in (("x", "", "Falta la respuesta"), ("x", "y", "tokens que hacen falta")):
+    for prompt, answer, words in (("x", "", "Falta la respuesta"), ("x", "y", "demasiado corto")):
         said, note = visits.taught(one, prompt, answer, steps.append, *SAY)
         assert said == [] and note.startswith("❌") and words in note
     (new,) = tabs(model, tokenizer, 1)
