@@ -29,6 +29,8 @@ class Copies:
     A copy that fails is said, and stops no training.
     """
 
+    other = "otra --salida"
+
     def __init__(self, folder, checkpoints: Path):
         self.place, self.checkpoints = Path(folder).expanduser() / checkpoints.name, checkpoints
         self.worker, self.going = ThreadPoolExecutor(1, thread_name_prefix="copia"), None
@@ -60,18 +62,18 @@ class Copies:
         if self.finished(output):
             raise UserError(
                 f"En {self.result(output)} ya hay un modelo terminado, y no lo voy a pisar: tráelo de ahí o, para "
-                "entrenar otro, elige otra --salida y otra --copia."
+                f"entrenar otro, elige {self.other}."
             )
         if resume:
             self.bring()
         elif self.begun():
             raise UserError(
                 f"En {self.place} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
-                "bórralo, o elige otra --salida y otra --copia."
+                f"bórralo, o elige {self.other}."
             )
 
     def begun(self) -> list[Path]:
-        """Checkpoints there, oldest first."""
+        """Checkpoints there, oldest first; what killed processes left beside them goes."""
         sweep(self.place.parent, re.escape(self.place.name.removesuffix("-checkpoints")) + "(?:-checkpoints)?")
         sweep(self.place, "fase-.*")
         return all_checkpoints(self.place)
@@ -115,6 +117,8 @@ class HubCopies(Copies):
     Raises:
         UserError: it cannot be made, others can read it, or it holds something else, whose history would be lost.
     """
+
+    other = "otro nombre en --copia"
 
     def __init__(self, repo: str, checkpoints: Path):
         super().__init__(repo, checkpoints)

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from engram.cards import front, original, toy_warning, values_of, write
 from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
-from engram.opening import LOG
+from engram.opening import LOG, where_from
 
 FEW = 10_000  # tokens; a loss measured on fewer moves by more than 0.02 nats from text to text
 TRACKERS = ("tensorboard", "trackio")
@@ -222,7 +222,7 @@ def phi_was_trained(model) -> bool:
         return False
     log = cached_file(
         name, LOG, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_gated_repo=False, **where_from(name),
     )  # fmt: skip
     return bool(log) and '"phase": 2' in Path(log).read_text(encoding="utf-8")
 
