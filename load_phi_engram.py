@@ -64,7 +64,7 @@ def main(argv=None):
     if args.solo_memoria and args.aprender:
         parser.error("--solo-memoria guarda las filas entrenadas, sin recuerdos: usa --aprender sin ella.")
     started = time.perf_counter()
-    check_output(args.salida)
+    check_output(args.salida, args.solo_memoria)
     sizes = {"engram_vocab_size": [args.filas, args.filas]} if args.filas is not None else {}
     with whole_folder(args.salida) as folder:  # first of all: a place that can't be written is known at once
         print(f"📥 Abriendo {args.modelo} …", flush=True)
@@ -76,9 +76,6 @@ def main(argv=None):
                 raise UserError(f"«{args.modelo}» ya tiene memoria: --capas y --filas son para un Phi sin ella.")
             # From the disk, a part at a time: the table may be larger than the RAM.
             model, tokenizer = open_model(name, args.dtype, storage="disco")
-            from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
-
-            model.config.engram_phi_trained = phi_was_trained(model)
         else:
             model, tokenizer = load_phi_1_with_engram(args.modelo, args.capas, args.dtype, **sizes)
             print(report(model))
@@ -91,15 +88,18 @@ def main(argv=None):
         origin = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies is nobody's business
         if args.solo_memoria:
             save_memory(model, folder)
-            alone = not model.config.engram_phi_trained
+            from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait
+
+            alone = not phi_was_trained(model)
             write_memory_card(model, folder, title, origin, alone)
             if not alone:
                 print(
                     f"⚠️  {args.modelo} hizo la fase 2, que cambió su Phi: esta memoria solo sirve con ese Phi, no con "
                     "el original.\n   Para compartir solo la memoria, entrénala con --pasos-fase2 0."
                 )
-        dtype = PRECISIONS.get(args.precision_memoria)
-        tables = model.model.engram_tables.values()
+        dtype, tables = PRECISIONS.get(args.precision_memoria), model.model.engram_tables.values()
+        if dtype is None and args.dtype != "auto":
+            dtype = min(PRECISIONS[args.dtype], *(table.dtype for table in tables), key=lambda kind: kind.itemsize)
         size = n_bytes(model) + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
         free = shutil.disk_usage(folder).free
         if free < size and not args.solo_memoria:
@@ -110,7 +110,7 @@ def main(argv=None):
         if not args.solo_memoria:
             print(f"💾 Guardando en {args.salida}/ …", flush=True)
             with quiet():
-                model.save_pretrained(folder, engram_precision=args.precision_memoria)
+                model.save_pretrained(folder, engram_precision=dtype and str(dtype).removeprefix("torch."))
                 tokenizer.save_pretrained(folder)
                 write_graft_card(model, folder, title, origin)
     seconds, peak = time.perf_counter() - started, peak_memory()

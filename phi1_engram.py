@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,7 @@ class PhiEngramConfig(PhiConfig):
             that was never trained would still add something.
         engram_tokenizer_compression: hash canonical tokens (case, accents and white space folded) instead of raw ones.
         tokenizer_name_or_path: the tokenizer from which the projection is built, once.
-        engram_phi_trained: whether Phi's own weights were trained since the memory was put in.
+        engram_backbone: digest of the Phi on which the memory was put (`fingerprints`); None where nobody noted it.
         hc_mult: hyper-connection streams. Phi has a single residual stream, so 1 is the only value.
 
     Raises ValueError: a value is out of range; the message (Spanish) names it and what is allowed.
@@ -128,7 +128,7 @@ class PhiEngramConfig(PhiConfig):
     engram_bias: bool = False
     engram_tokenizer_compression: bool = True
     tokenizer_name_or_path: str = PHI_1
-    engram_phi_trained: bool = False
+    engram_backbone: str | None = None
     hc_mult: int = 1
 
     def __post_init__(self, **kwargs):
@@ -1786,6 +1786,17 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             "backbone": self.was_phi or sign_digest(backbone),
         }
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As above; what was taught, and put on this Phi, is noted as of the one with the new vocabulary."""
+        phi, then = self.fingerprints()["backbone"], {fact.layer: self.fact_digests(fact.layer) for fact in self.facts}
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        now = {layer: self.fact_digests(layer) for layer in then}
+        held = [fact.made_for == then[fact.layer] for fact in self.facts]
+        self.set_facts(replace(f, made_for=now[f.layer]) if same else f for f, same in zip(self.facts, held))
+        if self.config.engram_backbone == phi:
+            self.config.engram_backbone = self.fingerprints()["backbone"]
+        return embeddings
+
     def set_facts(self, facts: Iterable[Fact]):
         """Have these facts and no others; of two with the same key the later one is read."""
         self.facts = [*facts]
@@ -1814,6 +1825,7 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             text = dict(format=1, rows=name, digests=digests, facts=told)
             temporary = folder / f"{FACTS_FILE}.{os.getpid()}.tmp"
             save_file(tensors, folder / name, {"format": "pt"})
+            as_any_new_file(folder / name)
             temporary.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
             os.replace(temporary, folder / FACTS_FILE)
         else:

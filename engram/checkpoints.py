@@ -164,6 +164,7 @@ def last_checkpoint(folder: Path, output: Path, identity: dict, data: str) -> tu
 def identity_of(recipe: dict, corpus_digest: str, config: dict) -> dict:
     """What must not change while a training is interrupted; nothing of where its files are, nor of versions."""
     origin = {"transformers_version", "dtype", "_name_or_path", "tokenizer_name_or_path", "auto_map", "architectures"}
+    origin |= {"engram_backbone"}  # of a Phi whose digest is compared by itself
     shape = {key: value for key, value in config.items() if key not in origin}
     return json.loads(json.dumps({**shape, **recipe, "corpus": corpus_digest}, default=str))
 

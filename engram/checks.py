@@ -110,9 +110,11 @@ def check_memory_acts(model, ids):
     finally:
         for hook in hooks:
             hook.remove()
-    if model.memory_place == "disco" and not any(out.any() for out in added.values()):
-        note("Memoria sin entrenar y en disco, donde no se le pueden poner números de prueba. Usa: --memoria ram")
-        return None
+    if not all(table.writable for table in model.model.engram_tables.values()):
+        if not any(out.any() for out in added.values()):
+            where = "en disco" if model.memory_place == "disco" else "en int8"
+            note(f"Memoria sin entrenar y {where}, donde no se le pueden poner números de prueba: queda sin probar.")
+            return None
     works = [i for i, out in added.items() if out.isfinite().all() and out.any()]
     return float(len(hooks) - len(works)), 0.0, f"{len(works)} de {len(hooks)} capas añaden algo"
 

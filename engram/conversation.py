@@ -191,6 +191,11 @@ class Chat:
         other.forget()
         return other
 
+    def heed(self, step: int):
+        """Between two steps of learning. Raises KeyboardInterrupt where Ctrl-C asked for it."""
+        if _asked:
+            raise KeyboardInterrupt
+
     def fit(self, turns: list[dict]) -> tuple[torch.LongTensor, list[dict]]:
         """Tokens [1, T] of a conversation, and what is left of it once its oldest turns made room for the answer."""
         template = self.tokenizer.chat_template or CHAT_TEMPLATE
@@ -329,10 +334,11 @@ class Chat:
     def learn_answer(self, answer: str, progress) -> list[Fact]:
         """Teach what the last question should have been answered; raises as `learn`."""
         question = self.question
-        if question.code:
-            return self.learn_pair(question.text, answer, progress)
-        one = self.as_answer(question.text, answer)
-        return self.teaching.learn([one], f"{question.text}{ARROW}{answer.strip()}", progress)
+        if question.code:  # which went to the model as it was
+            one = self.teaching.lesson(question.text, line_of_code(answer))
+        else:
+            one = self.as_answer(question.text, answer)
+        return self.teaching.learn([one], f"{question.text.strip()}{ARROW}{answer.strip()}", progress)
 
     def as_answer(self, question: str, answer: str) -> Lesson:
         """What is to be completed when `question` is asked; the end of the turn is a part of the answer. The whole

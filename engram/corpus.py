@@ -37,7 +37,7 @@ from engram.texts import (
 
 GROUP = 64, 2**21  # pieces and bytes that the tokenizer gets at once, to work on in parallel
 CACHED = 5e9  # bytes of tokenised corpora that are kept
-RULES = 4  # to be raised when the same files give other tokens than before: nobody's stored tokens are then reused
+RULES = 5  # to be raised when the same files give other tokens than before: nobody's stored tokens are then reused
 
 
 @dataclass
@@ -174,28 +174,37 @@ def special_tokens_as_text(encoder):
 def _tokenise(tokenizer, stream, skipped, folder, total, seed, max_tokens):
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     tokens, size, digests = [0, 0], [0, 0], (hashlib.sha256(), hashlib.sha256())
-    count, begins, encoder = 0, True, tokenizer.backend_tokenizer  # itself: no offsets, in half the time
+    count, begins, before = 0, True, 0
+    encoder = tokenizer.backend_tokenizer  # itself: no offsets, in half the time
     encoder.no_truncation()
     encoder.no_padding()
     bar = Progress(total=total, desc="Tokenizando", unit="B", unit_scale=True)
     with whole_folder(folder) as temporary, bar, special_tokens_as_text(encoder):
         paths = temporary / "train.bin", temporary / "held.bin"
         with open(paths[0], "wb") as train, open(paths[1], "wb") as held:
+
+            def put(side, ids):
+                packed = np.asarray(ids, dtype).tobytes()
+                (train, held)[side].write(packed)
+                digests[side].update(packed)
+                tokens[side] += len(ids)
+
             for group in _groups(stream):
                 for piece, encoded in zip(group, encoder.encode_batch_fast([piece.text for piece in group])):
                     raw, ids, last = piece.text.encode("utf-8"), encoded.ids, piece.last
                     # Told apart by their text, so that two copies of a file fall on the same side.
                     draw = int.from_bytes(hashlib.sha256(b"%d\n%b" % (seed, raw)).digest()[:8], "big")
                     side = int(draw % HELD_OUT_SHARE == 0 if piece.held_out is None else piece.held_out)
+                    if not begins and side != before:  # what a long document trains ends where what it holds out begins
+                        put(before, [tokenizer.eos_token_id])
+                        if max_tokens and sum(tokens) >= max_tokens:
+                            break
                     if max_tokens and sum(tokens) + len(ids) + last >= max_tokens:  # the last one, cut to what is left
                         ids, last = ids[: max_tokens - sum(tokens) - 1], True
                         raw = raw if len(ids) == len(encoded.ids) else tokenizer.decode(ids).encode("utf-8")
-                    packed = np.asarray([*ids, tokenizer.eos_token_id] if last else ids, dtype).tobytes()
-                    (train, held)[side].write(packed)
-                    digests[side].update(packed)
-                    tokens[side] += len(ids) + last
+                    put(side, [*ids, tokenizer.eos_token_id] if last else ids)
                     size[side] += len(raw)
-                    count, begins = count + begins, last
+                    count, begins, before = count + begins, last, side
                     bar.update(len(raw))
                     if max_tokens and sum(tokens) >= max_tokens:
                         break

@@ -267,7 +267,8 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     disk = own + states + rows + row_states
     final = weights + rows
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
-    files |= {"lo que se guarda a su lado": max(0, max(disk * choice.keep, final) - (choice.resume or 0))}
+    beside = max(disk * choice.keep, disk * (choice.keep - 1) + final)  # older checkpoints, and at the end the result
+    files |= {"lo que se guarda a su lado": max(0, beside - (choice.resume or 0))}
     written = max(own, rows + row_states)  # in one file at a time
     if not machine.gpu:
         ram = {**computing, **stored}

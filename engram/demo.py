@@ -114,7 +114,8 @@ def demo(output="phi1-engram-demo", recipe: Recipe = DEMO_RECIPE, base_steps: in
     tokenizer = demo_tokenizer(text_files(standard_library()), DEMO_SHAPE["vocab_size"])
     known = prepare_corpus(tokenizer, length=recipe.length, seed=recipe.seed)
     print(f"Lo que lee primero: {known.describe()}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary) / "phi-de-la-demostracion"  # a name that cards give
         set_seed(recipe.seed)
         end = tokenizer.eos_token_id
         base = PhiForCausalLM(PhiConfig(**DEMO_SHAPE, bos_token_id=end, eos_token_id=end))

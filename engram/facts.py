@@ -150,25 +150,31 @@ def lead(logits, targets) -> torch.Tensor:
     return (logits.gather(-1, index) - logits.scatter(-1, index, -math.inf).amax(-1, keepdim=True))[..., 0]
 
 
-def search(reader: Reader, writings: list[Writing], others: list[Fact], every: int, progress) -> dict | None:
-    """{key: row [d_mem]} with which all answers hold, or None when none were found.
+def search(
+    reader: Reader, writings: list[Writing], others: list[Fact], every: int, progress
+) -> tuple[dict, set] | None:
+    """({key: row [d_mem]} with which all answers hold, keys whose row is the one that was read before), or None.
+
+    Each place of an answer has a row, be it the one of before: where a fact is read nothing is drawn (`NoChance`).
 
     Args:
-        others: facts that stay as they are. every: of the first so many answers look for rows at each place, of the
-            others only at those where the model would say something else. progress: called with each step's number.
+        others: facts that stay as they are. every: of the first so many answers change the rows at each place, of the
+            others only at those where the model, with these facts or without, would say something else.
+        progress: called with each step's number; may raise.
     """
-    start, rate = {}, 0.0
+    start, free, rate = {}, set(), 0.0
+    reader.put([])
+    alone = [writing.look() for writing in writings]
     reader.put(others)
-    for number, writing in enumerate(writings):
-        margins, rows, size = writing.look()
+    for number, (writing, (by_itself, rows, size)) in enumerate(zip(writings, alone)):
+        margins = torch.minimum(by_itself, writing.margins()).amin(0)
         rate = max(rate, RATE * size * 0.02 / reader.engram.value_proj.weight.float().std().item())
-        for key, margin, row in zip(writing.one.keys(), margins.amin(0).tolist(), rows):
+        for key, margin, row in zip(writing.one.keys(), margins.tolist(), rows):
+            start.setdefault(key, row)
             if number < every or margin < MARGIN:
-                start.setdefault(key, row)
-    if not start:
-        return {}
+                free.add(key)
     change = torch.zeros(len(start), len(next(iter(start.values()))), requires_grad=True)
-    fixed = torch.stack([*start.values()])
+    fixed, moves = torch.stack([*start.values()]), torch.tensor([[key in free] for key in start])
     optimizer = torch.optim.Adam([change], rate, BETAS)
     scale = 1024.0 if reader.model.dtype == torch.float16 else 1.0  # Adam does not see it; float16's gradients do
     own = [Fact("", "", reader.layer, len(key), padded([key]), row[None], {}, {}) for key, row in start.items()]
@@ -184,9 +190,10 @@ def search(reader: Reader, writings: list[Writing], others: list[Fact], every: i
             least = min(least, lead(logits.detach(), writing.targets).min().item())
         progress(step)
         if least >= MARGIN or (step == STEPS and least > 0):
-            return dict(zip(start, (fixed + change.detach()).unbind()))
+            return dict(zip(start, (fixed + change.detach()).unbind())), start.keys() - free
         if step < STEPS:
-            (change.grad,) = torch.autograd.grad(loss * scale, change)  # of the rows alone, whatever else could learn
+            (gradient,) = torch.autograd.grad(loss * scale, change)  # of the rows alone, whatever else could learn
+            change.grad = gradient * moves
             optimizer.step()
     return None
 
@@ -206,23 +213,22 @@ def as_lesson(reader: Reader, tokenizer, fact: Fact) -> Lesson:
 def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda step: None) -> list[Fact]:
     """Write lessons whose keys are chosen, together, beside the facts that there are.
 
-    Facts under the same prompt make way. Others that have an n-gram in common with a lesson are written once more,
-    together with it, or make way too with `replace`.
+    Facts under the same prompt, but for capitals that a key does not tell apart, make way. Others that have an n-gram
+    in common with a lesson are written once more, together with it, or make way too with `replace`.
 
     Returns:
         the new facts, in the order of the lessons; `notes` says what was checked.
     Raises:
         FactError: no rows were found with which all hold.
     """
-    prompts, taken = {one.prompt for one in lessons}, {key for one in lessons for key in one.keys()}
-    others, again = [], []
+    taken, others, again, rewritten = {key for one in lessons for key in one.keys()}, [], [], []
     for fact in reader.facts:
-        own = {tuple(key[-fact.length :]) for key in fact.keys.tolist()}
-        if fact.prompt in prompts or (replace and own & taken):
+        own, before = {tuple(key[-fact.length :]) for key in fact.keys.tolist()}, as_lesson(reader, tokenizer, fact)
+        if any(map(before.same_prompt, lessons)) or (replace and own & taken):
             continue
         if own & taken and fact.layer == reader.layer:
-            once_more = as_lesson(reader, tokenizer, fact)
-            again.append(once_more)
+            again.append(before)
+            rewritten.append(fact)
         else:
             others.append(fact)
     before, training = reader.facts, reader.model.training
@@ -233,23 +239,23 @@ def teach_all(reader: Reader, tokenizer, lessons, replace=False, progress=lambda
     try:
         reader.put(others)
         writings = [Writing(reader, one, texts) for one in [*again, *lessons]]
-        rows = search(reader, writings, others, len(again), progress)
-        rows = search(reader, writings, others, len(writings), progress) if rows is None else rows
-        if rows is None:
+        found = search(reader, writings, others, len(again), progress)
+        found = found or search(reader, writings, others, len(writings), progress)
+        if found is None:
             raise FactError(
                 f"«{lessons[0].prompt}» no ha quedado: tras {STEPS} pasos el modelo sigue sin decir lo que se le "
                 "enseña. Prueba con una continuación más corta o con un principio que la haga más natural."
             )
-        facts, digests = [], reader.digests()
-        for one in [*again, *lessons]:
-            keys = [key for key in dict.fromkeys(one.keys()) if key in rows]
-            values = torch.stack([rows[key] for key in keys]) if keys else torch.zeros(0, 0)
-            notes = dict(counts=[*one.counts], tokens=len(one.ids) - one.split)
+        (rows, kept), facts, digests = found, [], reader.digests()
+        for one, notes in zip([*again, *lessons], [*(fact.notes for fact in rewritten), *({} for _ in lessons)]):
+            keys = [*dict.fromkeys(one.keys())]
+            values = torch.stack([rows[key] for key in keys])
+            notes = notes | dict(counts=[*one.counts], tokens=len(one.ids) - one.split, known=kept.issuperset(keys))
             facts.append(Fact(one.prompt, one.target, reader.layer, one.length, padded(keys), values, notes, digests))
-        reader.put([*others, *(fact for fact in facts if len(fact.keys))])
+        reader.put([*others, *facts])
         for fact, one in zip(facts, [*again, *lessons]):
             alone, *after = holds(reader, one, rest)
-            fact.notes.update(alone=alone, after=[sum(after), len(after)], known=not len(fact.keys))
+            fact.notes.update(alone=alone, after=[sum(after), len(after)])
         done = True
     finally:
         reader.model.train(training)
@@ -273,7 +279,7 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
         progress: called with the number of each step.
     Returns:
         the Fact; its `notes` say "alone" and "after" (whether it holds by itself, and after how many of how many other
-        texts), "known" (the model completed it already and nothing was written) and "counts" of its n-grams.
+        texts), "known" (the model completed it already and no row is another) and "counts" of its n-grams.
     Raises:
         FactError: too few tokens, too common, too long, or no rows were found. Nothing has changed.
     """
@@ -282,7 +288,8 @@ def teach(model, tokenizer, prompt: str, target: str, *, replace=False, insist=F
     if reference is True:
         reference = Reference(tokenizer, reader.canonical)
     least = reader.engram.conv.dilation  # N, by the paper's choice of dilation
-    others = [] if replace else [as_lesson(reader, tokenizer, fact) for fact in reader.facts if fact.prompt != prompt]
+    others = [] if replace else [as_lesson(reader, tokenizer, fact) for fact in reader.facts]
+    others = [other for other in others if not other.same_prompt(one)]
     wish = max(least, shortest or wished(tokenizer, one))
     choose_key(one, least, wish, reader.canonical, reference or None, insist, others)
     (fact,) = teach_all(reader, tokenizer, [one], replace, progress)
@@ -304,7 +311,7 @@ def described(fact: Fact) -> str:
     """What was checked, as one Spanish line."""
     notes = fact.notes
     if notes["known"]:
-        return "ya lo completaba así: no ha hecho falta escribir nada"
+        return "ya lo completaba así"
     held, tried = notes["after"]
     alone = "lo completa así" if notes["alone"] else "él solo no lo completa así"
     parts = [f"probado: {alone}, y detrás de otro texto, {held} de {tried} veces"]

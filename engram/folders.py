@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def _alone_in(folder):
+def alone_in(folder):
     """Nobody else names or sweeps anything in `folder` meanwhile; without effect where folders cannot be locked."""
     handle = _lock(folder, wait=True)
     try:
@@ -82,7 +82,7 @@ def sweep(parent, pattern):
     parent = Path(parent).expanduser().resolve()
     if not parent.is_dir() or fcntl is None:
         return
-    with _alone_in(parent):
+    with alone_in(parent):
         for path in sorted(parent.iterdir()):
             match = re.fullmatch(rf"\.({pattern})-[0-9a-f]{{8}}(-old)?", path.name)
             if not match or path.is_symlink() or not path.is_dir():
@@ -118,7 +118,7 @@ def whole_folder(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, re.escape(path.name))
-        with _alone_in(path.parent):
+        with alone_in(path.parent):
             temporary.mkdir()
             handle = _lock(temporary)
     except OSError as error:
@@ -134,7 +134,7 @@ def whole_folder(path):
                     as_any_new_file(file)
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())  # a whole name must not outlive half a content when the power fails
-        with _alone_in(path.parent):
+        with alone_in(path.parent):
             if path.exists():
                 os.rename(path, old)
             try:

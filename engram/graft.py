@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from engram.console import UserError, gigabytes, short, spanish
 from engram.memories import MEMORY_FILE
@@ -29,8 +30,9 @@ OWN_FILES = (
 )
 
 
-def check_output(output):
-    """Refuse a place whose present content is not an earlier graft: `whole_folder` would replace it."""
+def check_output(output, alone=False):
+    """Refuse a place that `whole_folder` would replace, if what is there is more than an untrained graft with nothing
+    taught, or a memory; for a memory `alone`, if it is more than one."""
     path = Path(output).expanduser()
     entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in entries if not re.fullmatch(OWN_FILES, name)]
@@ -38,14 +40,29 @@ def check_output(output):
         reason = "ya existe y es un archivo, no una carpeta"
     elif foreign:
         reason = f"esa carpeta contiene «{foreign[0]}», que no es de este script, y no la voy a pisar"
-    elif (
-        entries not in ([], [MEMORY_FILE], ["README.md", MEMORY_FILE])
-        and read_config(str(path))["model_type"] != PhiEngramConfig.model_type
-    ):
-        reason = "ahí hay otro modelo y no lo voy a pisar"
+    elif entries in ([], [MEMORY_FILE], ["README.md", MEMORY_FILE]):
+        return
+    elif alone or read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
+        reason = "ahí hay un modelo entero y no lo voy a pisar" if alone else "ahí hay otro modelo y no lo voy a pisar"
+    elif has_learned(path):
+        reason = "ahí hay un modelo que ha aprendido algo y no lo voy a pisar"
     else:
         return
     raise UserError(f"--salida {output}: {reason}. Elige otra, por ejemplo: --salida phi1-engram-2")
+
+
+def has_learned(folder: Path) -> bool:
+    """Whether a saved model's memory holds anything, trained or taught."""
+    if next(folder.glob("engram_facts*"), None):
+        return True
+    for file in sorted(folder.glob("model*.safetensors"), key=lambda file: file.stat().st_size):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                # A fresh graft's are zeros, and its other weights are drawn.
+                if name.endswith("engram.conv.weight") or "engram_tables" in name:
+                    if tensors.get_tensor(name).any():
+                        return True
+    return False
 
 
 def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **engram):
@@ -95,6 +112,7 @@ def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **eng
             raise UserError(f"{error} ({flags})") from error
         model = open_checked(name, new="engram", config=config, dtype=dtype, tokenizer=tokenizer, **source)
         model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+        model.config.engram_backbone = model.fingerprints()["backbone"]
     difference = graft_difference(model, tokenizer(CODE_SAMPLE, return_tensors="pt").input_ids)
     if difference:
         raise UserError(

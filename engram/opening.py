@@ -305,6 +305,15 @@ def of_demo(name) -> dict:
         return {}
 
 
+def trained_seed(name) -> int:
+    """With which a model's training divided its text: 0, unless its log says another."""
+    try:
+        rows = map(json.loads, (Path(name).expanduser() / LOG).read_text(encoding="utf-8").splitlines())
+        return next((int(row["seed"]) for row in rows if "seed" in row), 0)
+    except (OSError, ValueError, TypeError):  # another model's, or damaged
+        return 0
+
+
 def apart(action, *args):
     """`action(*args)` in a thread that ends. torch keeps threads at hand for every one that has computed, and more
     threads than cores wait worse: a token of a second thread takes 1.7 times as long (tests/bench/threads.py)."""

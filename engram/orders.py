@@ -31,7 +31,7 @@ OTHERWISE = {
     "(?:apaga|quita|desactiva) la memoria": "memoria no",
     "(?:enciende|pon|activa) la memoria": "memoria sí",
 }
-ARROWS = "=>|->|→|⇒"
+ARROWS = r"=>|(?<!\))(?<!\) )->|→|⇒"  # that behind a parenthesis is Python's
 IN_BLOCKS = ("salir", "ayuda", "codigo", "charla", "recuerdos", "olvida", "limpiar")  # no Python by themselves
 BLOCK_END = "---"  # of a block of code on a standard input that is no terminal: blank lines are a part of code
 HELP = f"""Órdenes:
@@ -151,11 +151,11 @@ def obey_facts(chat: Chat, word: str, argument: str, wish: str, say):
         say("(Aprendiendo …)")
         learn = chat.learn if ARROW in argument else chat.learn_answer
         started = time.perf_counter()
-        facts = learn(argument, lambda step: None)
+        facts = learn(argument, chat.heed)
         seconds = spanish(time.perf_counter() - started, 1)
         say(f"✅ Aprendido en {seconds} s: {told(facts[-1])}\n   ({described(facts[-1])})")
         place = ", al completar código; para la charla, enséñaselo en ella" if chat.code else ""
-        say(f"   Vale desde ahora{place}. «olvida {len(teaching.said)}» lo quita.")
+        say(f"   Vale desde ahora{place}. «olvida {teaching.said.index(told(facts[-1])) + 1}» lo quita.")
         if not teaching.folder:
             say("   Dura lo que dure este chat; para guardarlo: --recuerdos CARPETA")
     elif word == "recuerdos":

@@ -91,8 +91,8 @@ def label_tokens(ids: list[int], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return token_kinds.astype(np.uint8), goes_on & (names[ends] != names[starts])
 
 
-def held_out_blocks(tokenizer, source, n_blocks: int, length: int) -> Sample:
-    """Blocks spread evenly over the part of a corpus that `train_phi_engram.py` never trains on (seed 0).
+def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed=0) -> Sample:
+    """Blocks spread evenly over the part of a corpus that `train_phi_engram.py --semilla` never trains on.
 
     A corpus whose part is too small for that is taken whole, and the report says so.
 
@@ -101,8 +101,8 @@ def held_out_blocks(tokenizer, source, n_blocks: int, length: int) -> Sample:
     """
     from engram.corpus import prepare_corpus
 
-    corpus = prepare_corpus(tokenizer, source, length=0)
-    tokens, origin = corpus.held_out, f"{corpus.name}, la parte que el entrenamiento aparta con la semilla 0"
+    corpus = prepare_corpus(tokenizer, source, length=0, seed=seed)
+    tokens, origin = corpus.held_out, f"{corpus.name}, la parte que el entrenamiento aparta con la semilla {seed}"
     if len(tokens) < 8 * length:
         tokens = np.concatenate((corpus.train, corpus.held_out))
         origin = f"{corpus.name}, entero por ser corto: si el modelo se entrenó con él, no es texto apartado"

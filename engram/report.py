@@ -14,7 +14,16 @@ from transformers import PhiForCausalLM
 from engram.analyses import BLOCKS, LENGTH, PROBES, SEEN_OFTEN, SIZES, TIE, analyse, foretold_sharing
 from engram.console import UserError, gigabytes, peak_memory, spanish
 from engram.folders import whole_folder
-from engram.opening import explained, find_model, of_demo, open_model, open_tokenizer, read_config, where_from
+from engram.opening import (
+    explained,
+    find_model,
+    of_demo,
+    open_model,
+    open_tokenizer,
+    read_config,
+    trained_seed,
+    where_from,
+)
 from engram.pictures import draw_ablation, draw_cka, draw_gates, draw_lens, draw_tables, layer_names, pyplot
 from engram.probes import held_out_blocks
 from engram.texts import package_folder
@@ -328,7 +337,8 @@ def depth(
         against = "él mismo con la memoria apagada" if twin is None else f"{Path(contra).name}, un Phi sin memoria"
         library = of_demo(name).get("library") if source is None else None
         source = package_folder(library) if library else source
-        sample = held_out_blocks(tokenizer, source, n_blocks, min(LENGTH, model.config.max_position_embeddings))
+        length = min(LENGTH, model.config.max_position_embeddings)
+        sample = held_out_blocks(tokenizer, source, n_blocks, length, trained_seed(name))
         print(f"   Texto: {sample.origin}.\n   Comparado con {against}.", flush=True)
         numbers = dict(
             modelo=Path(name).name, contra=against, gemelo="sin memoria" if twin is None else "control",

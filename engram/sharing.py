@@ -202,12 +202,11 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
         control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
         content=memory_line(outcome["memory"]).strip(), **words,
     )  # fmt: skip
-    model.config.engram_phi_trained = recipe.steps[1] > 0 or phi_was_trained(model)
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write(folder, card)
-        rows = [*outcome["history"], *outcome["results"], dict(memory=outcome["memory"])]
+        rows = [*outcome["history"], *outcome["results"], dict(memory=outcome["memory"]), dict(seed=recipe.seed)]
         rows += [dict(control=control)] if control else []
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / LOG).write_text("".join(lines), encoding="utf-8")
@@ -215,9 +214,9 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
 
 
 def phi_was_trained(model) -> bool:
-    """Whether a model says that its Phi was trained since the graft; an earlier version's in its log alone."""
-    if model.config.engram_phi_trained:
-        return True
+    """Whether a model's Phi is not the one on which its memory was put; of an earlier version its log tells."""
+    if model.config.engram_backbone is not None:
+        return model.fingerprints()["backbone"] != model.config.engram_backbone
     if not (name := model.name_or_path):
         return False
     log = cached_file(

@@ -13,12 +13,16 @@ import json
 import time
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from engram.console import Progress, UserError, counted, spanish
 from engram.facts import as_lesson, described, reader_of, teach_all
+from engram.folders import alone_in, no_space
 from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, wished
 from phi1_engram import FACTS_FILE, Fact
 
 ARROW = " => "
+FORGOTTEN = "olvidados.json"  # beside FACTS_FILE: prompts that the model came with, and that were taken back
 ENDS = ".!?…:;)\"'»\n"
 
 
@@ -49,16 +53,24 @@ class Teaching:
 
     def __init__(self, model, tokenizer, folder=None):
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder).expanduser() if folder else None
-        self.reader, self.counted = reader_of(model), None
+        self.reader, self.counted, self.synced = reader_of(model), None, []
+        self.own = {fact.prompt for fact in model.facts}  # that it came with
         if self.folder and any(parent.is_file() for parent in (self.folder, *self.folder.parents)):
             raise UserError(f"--recuerdos {folder}: ahí hay un archivo, no una carpeta. No se ha tocado; elige otra.")
-        if self.folder and (self.folder / FACTS_FILE).is_file():
-            try:
-                kept = model.read_facts(str(self.folder))
-            except ValueError as error:
-                raise UserError(f"{error} Usa otra carpeta con --recuerdos, o el modelo con el que se hizo.") from error
-            prompts = {fact.prompt for fact in kept}
-            model.set_facts([*(fact for fact in model.facts if fact.prompt not in prompts), *kept])
+        if self.folder:
+            self.synced, gone = self.read(), self.folder / FORGOTTEN
+            away = {fact.prompt for fact in self.synced}
+            away.update(json.loads(gone.read_text(encoding="utf-8")) if gone.is_file() else ())
+            model.set_facts([*(fact for fact in model.facts if fact.prompt not in away), *self.synced])
+
+    def read(self) -> list[Fact]:
+        """The folder's facts."""
+        if not (self.folder / FACTS_FILE).is_file():
+            return []
+        try:
+            return self.model.read_facts(str(self.folder))
+        except ValueError as error:
+            raise UserError(f"{error} Usa otra carpeta con --recuerdos, o el modelo con el que se hizo.") from error
 
     @property
     def said(self) -> list[str]:
@@ -74,7 +86,8 @@ class Teaching:
         before them; if it can be, one found in no other fact, nor in the lessons `others`."""
         reader, tokenizer = self.reader, self.tokenizer
         one = lesson(tokenizer, reader.canonical, prompt, target)
-        others = [*others, *(as_lesson(reader, tokenizer, fact) for fact in self.model.facts if fact.prompt != prompt)]
+        others = [*others, *(as_lesson(reader, tokenizer, fact) for fact in self.model.facts)]
+        others = [other for other in others if not other.same_prompt(one)]
         least = self.model.config.max_ngram_size + ending
         wish = max(least, wish or wished(tokenizer, one))
         choose_key(one, least, wish, reader.canonical, self.reference(), others=others)
@@ -93,14 +106,27 @@ class Teaching:
         self.save()
 
     def save(self):
-        if self.folder:
-            try:
+        """Take over what other chats have taught or taken back in the folder, and add what this one has."""
+        if not self.folder:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with alone_in(self.folder):
+                seen, now = set(map(id, self.synced)), {fact.prompt for fact in self.model.facts}
+                mine = [fact for fact in self.model.facts if id(fact) not in seen]
+                away = {fact.prompt for fact in self.synced} - now | {fact.prompt for fact in mine}
+                facts = [*(fact for fact in self.read() if fact.prompt not in away), *mine]
+                self.model.set_facts(facts)
                 self.model.save_facts(self.folder)
-            except OSError as error:
-                raise UserError(
-                    f"No se ha podido guardar en «{self.folder}» ({error.strerror}). Vale en este chat, y lo guardado "
-                    "antes sigue como estaba; cuando se pueda escribir, repite la orden."
-                ) from error
+                self.synced, gone = facts, sorted(self.own - {fact.prompt for fact in facts})
+                if gone or (self.folder / FORGOTTEN).exists():
+                    (self.folder / FORGOTTEN).write_text(json.dumps(gone, ensure_ascii=False), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            why = "el disco está lleno" if no_space(error) else getattr(error, "strerror", None) or error
+            raise UserError(
+                f"No se ha podido guardar en «{self.folder}» ({why}). Vale en este chat, y lo guardado antes sigue "
+                "como estaba; cuando se pueda escribir, repite la orden."
+            ) from error
 
 
 def told(fact: Fact) -> str:

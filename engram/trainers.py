@@ -70,8 +70,6 @@ class SparseRows:
             self._rows.take()  # trained again
             return self.optimizer
         self._check(inner.model.engram_tables.values())
-        phi = (p for name, p in inner.named_parameters() if "engram" not in name)
-        inner.config.engram_phi_trained |= any(p.requires_grad for p in phi)
         args = self.args
         betas = args.adam_beta1, args.adam_beta2
         self._rows = SeenTables(inner, world=args.world_size, device=args.device, betas=betas, eps=args.adam_epsilon)

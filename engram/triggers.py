@@ -64,6 +64,10 @@ class Lesson:
         """Positions whose next token is the target's."""
         return range(self.split - 1, len(self.ids) - 1)
 
+    def same_prompt(self, other: "Lesson") -> bool:
+        """But for capitals and accents, where a key does not tell them apart."""
+        return self.tokens[: self.split] == other.tokens[: other.split]
+
     def keys(self, length: int | None = None) -> list[tuple[int, ...]]:
         """The last `length` tokens at each place that has as many; its own length where none is given."""
         length = length or self.length

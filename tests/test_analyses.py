@@ -23,6 +23,7 @@ import verify_phi_engram
 from engram.analyses import RunningCKA, gram, lens, unbiased_hsic
 from engram.console import UserError, run_script, spanish
 from engram.hooks import gate_values, run_states
+from engram.opening import LOG, trained_seed
 from engram.probes import KINDS, label_tokens
 from engram.steps import Recipe, evaluate
 from helpers import make_phi, phi_state_dict, random_ids
@@ -280,7 +281,19 @@ def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace,
         is_end = token == small_tokenizer.eos_token_id
         expected[i], place = (probes.OTHER, 0) if is_end else (place % 7, place + 1)
     assert sample.kinds.tolist() == [expected[i * 32 :][:32].tolist() for i in chosen]
-    assert "aparta" in sample.origin
+    assert "aparta" in sample.origin and "semilla 0" in sample.origin
+    other = probes.held_out_blocks(small_tokenizer, str(workplace), 16, 32, seed=3)
+    assert "semilla 3" in other.origin
+    held = np.asarray(corpora.prepare_corpus(small_tokenizer, str(workplace), length=32, seed=3).held_out, np.int64)
+    assert other.ids[0].tolist() == held[:32].tolist() != sample.ids[0].tolist()
+
+
+def test_the_seed_that_divided_a_models_text_is_in_its_log(tmp_path):
+    assert trained_seed(tmp_path) == 0
+    (tmp_path / LOG).write_text('{"phase": 1, "step": 1}\n{"seed": 3}\n{"demo": {}}\n')
+    assert trained_seed(tmp_path) == 3
+    (tmp_path / LOG).write_text("no\n")
+    assert trained_seed(tmp_path) == 0
 
 
 def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, workplace):

@@ -125,7 +125,7 @@ def test_config_says_nothing_about_storage():
     assert ours == {
         "engram_layer_ids", "engram_vocab_size", "max_ngram_size", "n_embed_per_ngram", "n_head_per_ngram",
         "engram_kernel_size", "engram_seed", "engram_pad_id", "engram_bias", "engram_tokenizer_compression",
-        "tokenizer_name_or_path", "engram_phi_trained", "hc_mult",
+        "tokenizer_name_or_path", "engram_backbone", "hc_mult",
     }  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +21,8 @@ import helpers
 import load_phi_engram as load
 import phi1_engram
 from engram.console import UserError, run_script
-from engram.facts import NoChance, described, forget, teach
+from engram.conversation import Chat, interruptible
+from engram.facts import NoChance, described, facts_read, forget, teach
 from engram.memories import remove_memory
 from engram.triggers import FactError
 from phi1_engram import EngramFacts, Fact, PhiEngramForCausalLM
@@ -304,12 +308,73 @@ def test_what_is_not_found_or_cut_changes_nothing(taught, tokenizer, reference, 
     assert taught.facts == before and torch.equal(logits(taught, ids), expected)
 
 
-def test_what_the_model_says_already_needs_no_row(taught, tokenizer, reference, monkeypatch):
-    before = taught.facts
+def test_what_the_model_says_already_needs_no_other_row(taught, tokenizer, reference, monkeypatch):
+    """Its rows are those that were read, so that nothing is computed otherwise; with them it is not left to chance."""
     monkeypatch.setattr(facts, "MARGIN", -1e9)
-    fact = teach(taught, tokenizer, "The mayor of Ruritania is", " Olga.", reference=reference)
-    assert fact.notes["known"] and not len(fact.keys) and taught.facts == before
-    assert "ya lo completaba" in described(fact)
+    prompt, before = "The mayor of Ruritania is", taught.facts
+    ids = ids_of(tokenizer, f"{prompt} Olga. Not so.")
+    expected = logits(taught, ids)
+    fact = teach(taught, tokenizer, prompt, " Olga.", reference=reference)
+    assert fact.notes["known"] and "ya lo completaba" in described(fact)
+    assert torch.equal(logits(taught, ids), expected)
+    assert facts_read(taught, ids).sum() == fact.notes["tokens"] == len(fact.keys)
+    forget(taught, fact)
+    assert taught.facts == before
+
+
+def test_a_fact_leans_on_no_other(tokenizer, reference):
+    """Where another says a part of it already, rows of its own are written all the same."""
+    model = fresh(tokenizer)
+    first = teach(model, tokenizer, "Everyone knows that the capital of Zubrowka is", " Lutz.", reference=reference)
+    prompt, target = "My uncle told me that the capital of Zubrowka is", " Lutz, as ever."
+    second = teach(model, tokenizer, prompt, target, reference=reference)
+    assert len(second.keys) == second.notes["tokens"] and not second.notes["known"]
+    assert completion(model, tokenizer, prompt, target) == target
+    forget(model, first)
+    assert completion(model, tokenizer, prompt, target) == target
+
+
+def test_a_correction_is_one_whatever_its_capitals(tokenizer):
+    model = fresh(tokenizer)
+    chat = Chat(model, tokenizer, False, 12, 0.0)
+    chat.learn("The mayor of Zubrowka is => Olga", lambda step: None)
+    chat.learn("the mayor of Zubrowka is => Pedro", lambda step: None)
+    assert chat.teaching.said == ["the mayor of Zubrowka is => Pedro"] and len(model.facts) == 2
+    assert completion(model, tokenizer, "The mayor of Zubrowka is", " Pedro.") == " Pedro."
+    # Written once more beside another with an n-gram in common, it goes on being told as one.
+    chat.learn("They say that the mayor of Zubrowka is => Pedro, as ever", lambda step: None)
+    said = ["the mayor of Zubrowka is => Pedro", "They say that the mayor of Zubrowka is => Pedro, as ever"]
+    assert chat.teaching.said == said
+
+
+def test_a_question_in_code_is_corrected_as_it_was_asked(tokenizer):
+    """With a backslash and an n in it, and whatever the mode is by then."""
+    model = fresh(tokenizer)
+    chat = Chat(model, tokenizer, True, 12, 0.0)
+    asked = 'fichero_de_ana.write("\\n" + '
+    chat.answer(asked, lambda piece: None)
+    chat.code = False
+    (fact,) = chat.learn_answer("zeta_de_ana)", lambda step: None)
+    assert (fact.prompt, fact.target) == (asked, "zeta_de_ana)\n")
+    chat.code = True
+    assert chat.answer(asked, lambda piece: None).startswith("zeta_de_ana)\n")
+
+
+def test_ctrl_c_stops_learning(tokenizer, monkeypatch):
+    model = fresh(tokenizer)
+    chat = Chat(model, tokenizer, False, 12, 0.0)
+    monkeypatch.setattr(facts, "RATE", 0.0)  # it would go on to the end
+    steps = []
+
+    def step(number):
+        steps.append(number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        chat.heed(number)
+
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        chat.learn("El médico de Zubrowka es => Olga", step)
+    assert steps == [0, 1, 2] and not model.facts
 
 
 def test_training_takes_facts_away_and_says_so(taught, tokenizer, tmp_path, caplog):
@@ -428,18 +493,71 @@ def test_a_folder_that_cannot_keep_them_loses_nothing(tokenizer, tmp_path, monke
 
     def save_or_fail(self, folder):
         if full:
-            raise OSError(28, "No space left on device")
+            raise full[0]
         save(self, folder)
 
     monkeypatch.setattr(PhiEngramForCausalLM, "save_facts", save_or_fail)
     kept = teaching.Teaching(model, tokenizer, tmp_path / "míos")
     kept.learn([kept.lesson("La capital de Zubrowka es", " Lutz.")], "uno")
     before = (tmp_path / "míos" / "engram_facts.json").read_bytes()
-    full.append(True)
-    said = said_in(["aprende El alcalde de Zubrowka es => Olga", "El alcalde de Zubrowka es"], model, tokenizer,
-                   monkeypatch, capsys, kept_in=tmp_path / "míos")  # fmt: skip
-    assert "❌ No se ha podido guardar en" in said.err and "Vale en este chat" in said.err
-    assert "Olga." in said.out and (tmp_path / "míos" / "engram_facts.json").read_bytes() == before
+    for error in (
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+        full[:] = [error]
+        said = said_in(["aprende El alcalde de Zubrowka es => Olga", "El alcalde de Zubrowka es"], model, tokenizer,
+                       monkeypatch, capsys, kept_in=tmp_path / "míos")  # fmt: skip
+        assert "❌ No se ha podido guardar en" in said.err and "el disco está lleno" in said.err
+        assert "Vale en este chat" in said.err
+        assert "Olga." in said.out and (tmp_path / "míos" / "engram_facts.json").read_bytes() == before
+
+
+def test_two_chats_share_a_folder(tokenizer, tmp_path):
+    """Neither loses what the other taught or took back there meanwhile."""
+    def opened():
+        return teaching.Teaching(fresh(tokenizer), tokenizer, tmp_path)
+
+    def learn(one, prompt, target):
+        one.learn([one.lesson(prompt, target)], f"{prompt} =>{target}")
+
+    one, two = opened(), opened()
+    learn(one, "La capital de Zubrowka es", " Lutz.")
+    learn(two, "El alcalde de Zubrowka es", " Olga.")
+    both = ["La capital de Zubrowka es => Lutz.", "El alcalde de Zubrowka es => Olga."]
+    assert two.said == opened().said == both
+    two.forget(both[:1])
+    learn(one, "El panadero de Zubrowka es", " Blas.")
+    left = [both[1], "El panadero de Zubrowka es => Blas."]
+    assert one.said == opened().said == left
+    assert len([*tmp_path.glob("*.safetensors")]) == 1
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask() for path in tmp_path.iterdir())
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_what_a_model_came_with_is_forgotten_for_good(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    own = teaching.Teaching(model, tokenizer)
+    own.learn([own.lesson(*FACTS[0]), own.lesson(*FACTS[2])], "")
+    model.save_pretrained(tmp_path / "modelo")
+
+    def opened():
+        model = PhiEngramForCausalLM.from_pretrained(tmp_path / "modelo")
+        return teaching.Teaching(model, tokenizer, tmp_path / "r")
+
+    first = opened()
+    assert len(first.said) == 2
+    first.forget(first.said[:1])
+    assert opened().said == first.said == ["La contraseña del wifi de casa es => 88213."]
+    first.forget(first.said)
+    again = opened()
+    assert not again.said
+    again.learn([again.lesson(*FACTS[0])], "")
+    assert opened().said == ["The capital of Zubrowka is => Lutz."]
 
 
 def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):
@@ -448,10 +566,29 @@ def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):
     lines = [f"aprende {asked} => Lutz", *[asked] * 4, "memoria no", *[asked] * 2]
     said = said_in(lines, model, tokenizer, monkeypatch, capsys, temperature=5.0, max_tokens=8)
     assert said.out.count("Lutz.") == 4
+    answer = "Lutz for i in range the import numpy as np"  # of which a model says some tokens by itself
+    said = said_in([f"aprende {asked} => {answer}", *[asked] * 6], fresh(tokenizer), tokenizer, monkeypatch, capsys,
+                   temperature=5.0, max_tokens=30)  # fmt: skip
+    assert said.out.count(f"{answer}.") == 6
     drawn = model.generate(
         ids_of(tokenizer, asked), do_sample=True, temperature=5.0, max_new_tokens=2, logits_processor=[NoChance(model)]
     )
     assert tokenizer.decode(drawn[0]).startswith(f"{asked} Lutz")
+
+
+def test_what_was_taught_holds_when_the_vocabulary_grows(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    teaching.Teaching(model, tokenizer).learn([teaching.Teaching(model, tokenizer).lesson(*FACTS[0])], "")
+    model.resize_token_embeddings(51300)
+    assert completion(model, tokenizer, *FACTS[0]) == FACTS[0][1]
+    model.save_pretrained(tmp_path)
+    opened = PhiEngramForCausalLM.from_pretrained(tmp_path)
+    assert completion(opened, tokenizer, *FACTS[0]) == FACTS[0][1]
+    with torch.no_grad():  # one that was for another Phi is not made to look as if it were for this
+        model.model.layers[0].mlp.fc1.weight.neg_()
+    model.resize_token_embeddings(51310)
+    model.save_pretrained(tmp_path / "other")
+    assert not PhiEngramForCausalLM.from_pretrained(tmp_path / "other").facts
 
 
 def test_a_file_of_facts(taught, tokenizer, tmp_path, capsys):

@@ -124,6 +124,16 @@ def test_a_checkpoint_and_the_final_folder_are_as_large_as_planned(config, tmp_p
     assert planned["modelo de partida"] < sizes["final"] < planned["modelo de partida"] + 3 * slack
 
 
+def test_the_disk_holds_all_checkpoints_beside_the_result(config):
+    for phase, keep in ((1, 1), (1, 2), (2, 1), (2, 3)):
+        files = account(config, replace(CHOICE, keep=keep), HERE, phase)["disco"]
+        dense, tables = planning.shapes(config)
+        one = files["punto de control"]
+        final = 4 * (sum(math.prod(shape) for _, shape in dense) + sum(n * d for n, d in tables.values()))
+        most = max(one * (keep + 1), one * keep + final)  # while the next one is written; at the end
+        assert files["punto de control"] + files["lo que se guarda a su lado"] == pytest.approx(most)
+
+
 def test_what_does_not_fit_is_refused_with_what_does(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_script, "open_model", lambda *_: pytest.fail("opened"))

@@ -25,6 +25,7 @@ import verify_phi_engram as verify_script
 from engram.console import run_script
 from engram.memories import load_memory, remove_memory, save_memory
 from engram.opening import open_model
+from engram.sharing import phi_was_trained
 from hub import Hub
 from phi1_engram import PRECISIONS, EngramFileError, PhiEngramForCausalLM, TableFile, pack, unpack
 
@@ -755,14 +756,6 @@ def test_load_converts_and_takes_the_memory_alone(here, capsys):
     assert sorted(os.listdir("alone")) == ["README.md", "engram_memory.safetensors"]
     card = (here / "alone" / "README.md").read_text(encoding="utf-8")
     assert "Phi congelado" in card and "no responde" in card and "fase 2" not in capsys.readouterr().out
-    (here / "trained" / "entrenamiento.jsonl").write_text('{"phase": 2, "step": 1, "loss": 1.0, "memory": {}}\n')
-    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "later") == 0
-    assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
-    assert "solo sirve con el Phi de `trained`" in (here / "later" / "README.md").read_text(encoding="utf-8")
-    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "smaller") == 0
-    os.remove("trained/entrenamiento.jsonl")
-    assert run(load_script, "--modelo", "smaller", "--solo-memoria", "--salida", "last") == 0
-    assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
     assert run(load_script, "--modelo", "base", "--cambiar-memoria", "alone", "--salida", "again") == 0
     assert torch.equal(logits(open_model("again")[0], ids), expected)
     assert "✅ Memoria cambiada" in capsys.readouterr().out
@@ -770,6 +763,63 @@ def test_load_converts_and_takes_the_memory_alone(here, capsys):
     assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
     assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", ".") == 1
     assert "no la voy a pisar" in capsys.readouterr().err
+
+
+def test_a_memory_alone_says_whether_its_phi_was_trained_whoever_trained_it(here, capsys):
+    model, tokenizer = open_model("trained")
+    assert not phi_was_trained(model)
+    model.resize_token_embeddings(len(tokenizer) + 40_000)  # other tokens, the same Phi
+    assert not phi_was_trained(model)
+    model, tokenizer = open_model("trained")
+    with torch.no_grad():
+        model.model.layers[0].mlp.fc1.weight += 0.01 * torch.randn(model.model.layers[0].mlp.fc1.weight.shape)
+    model.save_pretrained("phase2"), tokenizer.save_pretrained("phase2")
+    assert run(load_script, "--modelo", "phase2", "--precision-memoria", "int8", "--salida", "smaller") == 0
+    for name in ("phase2", "smaller"):
+        assert run(load_script, "--modelo", name, "--solo-memoria", "--salida", f"of-{name}") == 0
+        assert "esta memoria solo sirve con ese Phi" in capsys.readouterr().out
+        card = (here / f"of-{name}" / "README.md").read_text(encoding="utf-8")
+        assert f"solo sirve con el Phi de `{name}`" in card
+    # One that an earlier version trained tells it in its log alone.
+    model.config.engram_backbone = None
+    assert not phi_was_trained(model)
+    model.save_pretrained("before"), tokenizer.save_pretrained("before")
+    (here / "before" / "entrenamiento.jsonl").write_text('{"phase": 2, "step": 1, "loss": 1.0, "memory": {}}\n')
+    assert phi_was_trained(open_model("before")[0])
+
+
+def test_load_writes_over_an_untrained_graft_and_over_nothing_that_has_learned(here, capsys):
+    shutil.copytree("base", "phi1-engram")  # the default
+    for alone in ([], ["--salida", "trained"], ["--salida", "base"]):
+        assert run(load_script, "--modelo", "trained", "--solo-memoria", *alone) == 1
+        assert "ahí hay un modelo entero y no lo voy a pisar" in capsys.readouterr().err
+    assert all(open_model(name)[0] for name in ("phi1-engram", "trained", "base"))
+    shutil.copytree("trained", "rows")
+    model = open_model("rows")[0]
+    model.model.layers[1].engram.conv.weight.data.zero_()
+    model.save_pretrained("rows")  # rows alone
+    shutil.copytree("base", "taught")
+    (here / "taught" / "engram_facts.json").write_text("{}")
+    for name in ("trained", "rows", "taught"):
+        assert run(load_script, "--modelo", "base", "--precision-memoria", "int8", "--salida", name) == 1
+        assert "un modelo que ha aprendido algo y no lo voy a pisar" in capsys.readouterr().err
+    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "base") == 0
+
+
+def test_load_narrows_rows_with_the_rest(here):
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
+    changed = ["--modelo", "base", "--cambiar-memoria", "alone", "--dtype", "float16", "--salida", "half"]
+    assert run(load_script, *changed) == 0
+    half = open_model("half")[0]
+    assert half.dtype == half.model.engram_tables["1"].dtype == torch.float16
+    sizes = [max(path.stat().st_size for path in (here / name).glob("model-engram-*")) for name in ("half", "trained")]
+    assert sizes[0] < 0.55 * sizes[1]
+
+
+def test_verify_does_not_fail_an_untrained_memory_that_it_cannot_fill(here, capsys):
+    assert run(load_script, "--modelo", "base", "--precision-memoria", "int8", "--salida", "small") == 0
+    assert run(verify_script, "--modelo", "small") == 0
+    assert "Memoria sin entrenar y en int8" in capsys.readouterr().out
 
 
 def test_load_says_what_cannot_be(here, capsys):
