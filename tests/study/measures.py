@@ -11,6 +11,7 @@ from engram.corpus import batch_at
 from study.pretrained import BATCH, LENGTH, SEPARATOR, bf16
 
 OLD = 24  # blocks of each old text: 6,144 tokens
+SHORT, LONG = 60, 240  # steps of 1,024 tokens
 WORD = re.compile(r"[^\W\d]\w*")
 
 

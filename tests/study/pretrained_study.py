@@ -31,12 +31,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.steps import PHI_1_RECIPE
 from study import measures, methods, pretrained
-from study.measures import OLD
+from study.measures import LONG, OLD, SHORT
 from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, TENFOLD, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT = 64  # blocks: 16,384 tokens of the domain
-SHORT, LONG = 60, 240  # steps of 1,024 tokens
 SEEDS = (0, 1, 2)
 WARM = ("templada", "proyecciones")  # first SHORT steps of other text, after which the rows stay, or are cleared
 # Of the memory, other than pretrained.SHAPE: layers (of 30), orders, vocabulary, rows of a layer (16 heads together).
@@ -247,8 +246,10 @@ def trained_row(
         )  # fmt: skip
     row["seconds"] = time.perf_counter() - started
     row["loss"], hits = measures.loss_and_hits(model, blocks)
-    known = measures.names_read(tokenizer, ids, steps or SHORT, recipe)
-    row |= dict(identifiers=measures.completed(hits, names, known), old=ruler.forgetting(model))
+    row["old"] = ruler.forgetting(model)
+    # Of the base alone beside both lengths of a training: which names count as read differs.
+    for key, count in {"identifiers": steps or SHORT, **({} if steps else {"identifiers_long": LONG})}.items():
+        row[key] = measures.completed(hits, names, measures.names_read(tokenizer, ids, count, recipe))
     if engram and control not in ("ruido", "una-fila"):
         generator = torch.Generator().manual_seed(0)
         for how in ("barajadas", "media"):

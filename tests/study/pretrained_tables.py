@@ -3,6 +3,7 @@
 from statistics import mean, stdev
 
 from engram.console import spanish
+from study.measures import LONG
 from study.tables import markdown
 
 TEXTS = ("biblioteca", "prosa", "propio")
@@ -77,7 +78,8 @@ def summary(rows: list[dict], base: dict) -> str:
 
     def names(row):  # percentage points
         right, count = row["identifiers"]["punto"][:2]
-        before, all_before = base["identifiers"]["punto"][:2]
+        kind = "identifiers" if row["steps"] < LONG else "identifiers_long"
+        before, all_before = base.get(kind, base["identifiers"])["punto"][:2]
         return 100 * (right / count - before / all_before)
 
     def kept(how):  # of the gain
