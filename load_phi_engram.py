@@ -99,7 +99,7 @@ def main(argv=None):
                 )
         dtype, tables = PRECISIONS.get(args.precision_memoria), model.model.engram_tables.values()
         if dtype is None and args.dtype != "auto":
-            dtype = min(PRECISIONS[args.dtype], *(table.dtype for table in tables), key=lambda kind: kind.itemsize)
+            dtype = min(*(table.dtype for table in tables), PRECISIONS[args.dtype], key=lambda kind: kind.itemsize)
         size = n_bytes(model) + sum(table.size(dtype or table.dtype) - table.size(table.dtype) for table in tables)
         free = shutil.disk_usage(folder).free
         if free < size and not args.solo_memoria:

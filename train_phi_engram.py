@@ -298,7 +298,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
         print(corpus.skipped.describe())
     checkpoints = output.with_name(output.name + "-checkpoints")
     if args.copia and args.reanudar and accelerator.is_main_process:
-        copies(args.copia, checkpoints).bring()  # it says at which rates it began
+        copies(args.copia, checkpoints).bring(output)  # it says at which rates it began
     accelerator.wait_for_everyone()
     then = newest_identity(checkpoints) if args.reanudar else None
     recipe = replace(

@@ -65,7 +65,7 @@ class Copies:
                 f"entrenar otro, elige {self.other}."
             )
         if resume:
-            self.bring()
+            self.bring(output)
         elif self.begun():
             raise UserError(
                 f"En {self.place} hay un entrenamiento a medias. Para seguirlo añade --reanudar; para empezar de nuevo "
@@ -84,8 +84,12 @@ class Copies:
     def result(self, output: Path) -> Path | str:
         return self.place.parent / output.name
 
-    def bring(self):
-        """The newest whole copy, where this machine has none as new."""
+    def bring(self, output: Path):
+        """The newest whole copy, where this machine has none as new, nor the result."""
+        if all_checkpoints(self.checkpoints) or not output.exists():
+            self._bring()
+
+    def _bring(self):
         there = [path for path in self.begun() if not fault(path)]
         here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]
         if there and (not here or position(here[-1]) < position(there[-1])):
@@ -165,7 +169,7 @@ class HubCopies(Copies):
         names = {name.split("/")[1] for name in api.list_repo_files(self.repo) if name.startswith(prefix)}
         return sorted(filter(position, map(Path, names)), key=position)
 
-    def bring(self):
+    def _bring(self):
         def download(api):
             there = self.there(api)
             here = [path for path in all_checkpoints(self.checkpoints) if not fault(path)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from engram.console import UserError, gigabytes, short, spanish
 from engram.memories import MEMORY_FILE
@@ -32,16 +32,19 @@ OWN_FILES = (
 
 def check_output(output, alone=False):
     """Refuse a place that `whole_folder` would replace, if what is there is more than an untrained graft with nothing
-    taught, or a memory; for a memory `alone`, if it is more than one."""
+    taught; where a memory `alone` is to be saved, if it is more than another."""
     path = Path(output).expanduser()
-    entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    entries = sorted(entry.name for entry in path.iterdir() if entry.name != ".DS_Store") if path.is_dir() else []
     foreign = [name for name in entries if not re.fullmatch(OWN_FILES, name)]
+    only_memory = entries in ([MEMORY_FILE], ["README.md", MEMORY_FILE])
     if path.exists() and not path.is_dir():
         reason = "ya existe y es un archivo, no una carpeta"
     elif foreign:
         reason = f"esa carpeta contiene «{foreign[0]}», que no es de este script, y no la voy a pisar"
-    elif entries in ([], [MEMORY_FILE], ["README.md", MEMORY_FILE]):
+    elif not entries or (alone and only_memory):
         return
+    elif only_memory:
+        reason = "ahí hay una memoria y no la voy a pisar"
     elif alone or read_config(str(path))["model_type"] != PhiEngramConfig.model_type:
         reason = "ahí hay un modelo entero y no lo voy a pisar" if alone else "ahí hay otro modelo y no lo voy a pisar"
     elif has_learned(path):
@@ -56,12 +59,16 @@ def has_learned(folder: Path) -> bool:
     if next(folder.glob("engram_facts*"), None):
         return True
     for file in sorted(folder.glob("model*.safetensors"), key=lambda file: file.stat().st_size):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                # A fresh graft's are zeros, and its other weights are drawn.
-                if name.endswith("engram.conv.weight") or "engram_tables" in name:
-                    if tensors.get_tensor(name).any():
-                        return True
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    # A fresh graft's are zeros, and its other weights are drawn.
+                    if name.endswith("engram.conv.weight") or "engram_tables" in name:
+                        if tensors.get_tensor(name).any():
+                            return True
+        except (SafetensorError, OSError) as error:
+            cure = f"borra la carpeta {folder}, o elige otra --salida"
+            raise UserError(f"{file} está dañado o a medias: {cure}.") from error
     return False
 
 

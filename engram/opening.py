@@ -305,13 +305,13 @@ def of_demo(name) -> dict:
         return {}
 
 
-def trained_seed(name) -> int:
-    """With which a model's training divided its text: 0, unless its log says another."""
+def trained_seed(name) -> int | None:
+    """With which a model's training divided its text; None where no log says it."""
     try:
         rows = map(json.loads, (Path(name).expanduser() / LOG).read_text(encoding="utf-8").splitlines())
-        return next((int(row["seed"]) for row in rows if "seed" in row), 0)
+        return next((int(row["seed"]) for row in rows if "seed" in row), None)
     except (OSError, ValueError, TypeError):  # another model's, or damaged
-        return 0
+        return None
 
 
 def apart(action, *args):

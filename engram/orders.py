@@ -31,7 +31,7 @@ OTHERWISE = {
     "(?:apaga|quita|desactiva) la memoria": "memoria no",
     "(?:enciende|pon|activa) la memoria": "memoria sí",
 }
-ARROWS = r"=>|(?<!\))(?<!\) )->|→|⇒"  # that behind a parenthesis is Python's
+ARROWS, HALF = "=>|->|→|⇒", r"^\s*=>|=>\s*$"
 IN_BLOCKS = ("salir", "ayuda", "codigo", "charla", "recuerdos", "olvida", "limpiar")  # no Python by themselves
 BLOCK_END = "---"  # of a block of code on a standard input that is no terminal: blank lines are a part of code
 HELP = f"""Órdenes:
@@ -98,7 +98,7 @@ def order(text: str, answered=False) -> tuple[str, str]:
     if not rest.strip():
         bare = re.sub(r"(\(\)|[.!])$", "", word.lstrip("/¡"))
         word = ALIASES.get(bare, bare if bare in ("salir", "ayuda") else word)
-    if word == "aprende" and (ARROW in rest if re.search(ARROWS, rest) else answered and rest.strip()):
+    if word == "aprende" and (ARROW in rest or (answered and rest.strip() and not re.search(HALF, rest))):
         return word, rest
     if len(rest.split()) > ORDERS.get(word, -1):
         return "", text
@@ -107,7 +107,7 @@ def order(text: str, answered=False) -> tuple[str, str]:
 
 def leaves_block(line: str) -> bool:
     """Whether a line typed into a block of code is an order all the same."""
-    word = unaccented(line).casefold().partition(" ")[0].removeprefix("/")
+    word = re.sub(r"[.!]$", "", unaccented(line).casefold().partition(" ")[0].lstrip("/¡"))
     return word in IN_BLOCKS and order(line)[0] == word
 
 
@@ -128,9 +128,9 @@ def meant(text: str) -> str | None:
     for words, wish in OTHERWISE.items():
         if found := re.fullmatch(words, whole):
             return found.expand(wish)
-    word, space, rest = text.strip().partition(" ")
+    word, space, rest = text.strip().removeprefix("/").partition(" ")
     plain = unaccented(word).casefold()
-    if plain == "aprende" and re.search(rf"^\s*({ARROWS})|({ARROWS})\s*$", rest):
+    if plain == "aprende" and re.search(HALF, rest):
         return f"aprende PRINCIPIO{ARROW}RESPUESTA"
     if not word.isalpha() or rest.lstrip()[:1] in ("=", "("):  # a question's sign, or code
         return None

@@ -91,8 +91,9 @@ def label_tokens(ids: list[int], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return token_kinds.astype(np.uint8), goes_on & (names[ends] != names[starts])
 
 
-def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed=0) -> Sample:
-    """Blocks spread evenly over the part of a corpus that `train_phi_engram.py --semilla` never trains on.
+def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed: int | None = 0) -> Sample:
+    """Blocks spread evenly over the part of a corpus that `train_phi_engram.py --semilla` never trains on; None: where
+    nobody knows the seed, 0, and it says so.
 
     A corpus whose part is too small for that is taken whole, and the report says so.
 
@@ -101,8 +102,10 @@ def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed=0) -> Sa
     """
     from engram.corpus import prepare_corpus
 
-    corpus = prepare_corpus(tokenizer, source, length=0, seed=seed)
-    tokens, origin = corpus.held_out, f"{corpus.name}, la parte que el entrenamiento aparta con la semilla {seed}"
+    corpus = prepare_corpus(tokenizer, source, length=0, seed=seed or 0)
+    doubt = "" if seed is not None else " (si se entrenó con otra, no todo es texto apartado)"
+    origin = f"{corpus.name}, la parte que el entrenamiento aparta con la semilla {seed or 0}{doubt}"
+    tokens = corpus.held_out
     if len(tokens) < 8 * length:
         tokens = np.concatenate((corpus.train, corpus.held_out))
         origin = f"{corpus.name}, entero por ser corto: si el modelo se entrenó con él, no es texto apartado"

@@ -8,8 +8,10 @@ if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
 import csv
+import hashlib
 import io
 import json
+import os
 import time
 from pathlib import Path
 
@@ -22,8 +24,13 @@ from engram.triggers import FactError, Lesson, Reference, choose_key, lesson, wi
 from phi1_engram import FACTS_FILE, Fact
 
 ARROW = " => "
-FORGOTTEN = "olvidados.json"  # beside FACTS_FILE: prompts that the model came with, and that were taken back
+FORGOTTEN = "olvidados.json"  # beside FACTS_FILE: digests of prompts that a model came with, and that were taken back
 ENDS = ".!?…:;)\"'»\n"
+
+
+def digest(prompt: str) -> str:
+    """By which a prompt is known again, and not read."""
+    return hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
 
 
 def literal(text: str) -> str:
@@ -54,14 +61,14 @@ class Teaching:
     def __init__(self, model, tokenizer, folder=None):
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder).expanduser() if folder else None
         self.reader, self.counted, self.synced = reader_of(model), None, []
-        self.own = {fact.prompt for fact in model.facts}  # that it came with
+        self.own = model.facts  # that it came with
         if self.folder and any(parent.is_file() for parent in (self.folder, *self.folder.parents)):
             raise UserError(f"--recuerdos {folder}: ahí hay un archivo, no una carpeta. No se ha tocado; elige otra.")
         if self.folder:
-            self.synced, gone = self.read(), self.folder / FORGOTTEN
-            away = {fact.prompt for fact in self.synced}
-            away.update(json.loads(gone.read_text(encoding="utf-8")) if gone.is_file() else ())
-            model.set_facts([*(fact for fact in model.facts if fact.prompt not in away), *self.synced])
+            self.synced, gone = self.read(), self.forgotten()
+            kept = {fact.prompt for fact in self.synced}
+            own = [fact for fact in model.facts if fact.prompt not in kept and digest(fact.prompt) not in gone]
+            model.set_facts([*own, *self.synced])
 
     def read(self) -> list[Fact]:
         """The folder's facts."""
@@ -71,6 +78,15 @@ class Teaching:
             return self.model.read_facts(str(self.folder))
         except ValueError as error:
             raise UserError(f"{error} Usa otra carpeta con --recuerdos, o el modelo con el que se hizo.") from error
+
+    def forgotten(self) -> set[str]:
+        """Digests of the prompts that models came with, and that were taken back in the folder."""
+        try:
+            return {*json.loads((self.folder / FORGOTTEN).read_text(encoding="utf-8"))}
+        except FileNotFoundError:
+            return set()
+        except ValueError as error:
+            raise UserError(f"«{self.folder / FORGOTTEN}» está dañado: bórralo.") from error
 
     @property
     def said(self) -> list[str]:
@@ -112,20 +128,29 @@ class Teaching:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with alone_in(self.folder):
-                seen, now = set(map(id, self.synced)), {fact.prompt for fact in self.model.facts}
-                mine = [fact for fact in self.model.facts if id(fact) not in seen]
-                away = {fact.prompt for fact in self.synced} - now | {fact.prompt for fact in mine}
-                facts = [*(fact for fact in self.read() if fact.prompt not in away), *mine]
+                there, gone = self.read(), self.forgotten()
+                old = {id(fact) for fact in self.synced}
+                old |= {id(fact) for fact in self.own if digest(fact.prompt) in gone}  # by another chat, perhaps
+                now, mine = self.model.facts, [fact for fact in self.model.facts if id(fact) not in old]
+                away = {fact.prompt for fact in self.synced} - {fact.prompt for fact in now}
+                away |= {fact.prompt for fact in mine}
+                facts = [*(fact for fact in there if fact.prompt not in away), *mine]
+                # As the folder has it until all is written: what was not comes with the next change.
+                self.synced = there
                 self.model.set_facts(facts)
+                gone |= {digest(fact.prompt) for fact in self.own}
+                gone -= {digest(fact.prompt) for fact in facts}
                 self.model.save_facts(self.folder)
-                self.synced, gone = facts, sorted(self.own - {fact.prompt for fact in facts})
                 if gone or (self.folder / FORGOTTEN).exists():
-                    (self.folder / FORGOTTEN).write_text(json.dumps(gone, ensure_ascii=False), encoding="utf-8")
+                    temporary = self.folder / f"{FORGOTTEN}.{os.getpid()}.tmp"
+                    temporary.write_text(json.dumps(sorted(gone)), encoding="utf-8")
+                    os.replace(temporary, self.folder / FORGOTTEN)
+                self.synced = facts
         except (OSError, SafetensorError) as error:
             why = "el disco está lleno" if no_space(error) else getattr(error, "strerror", None) or error
             raise UserError(
                 f"No se ha podido guardar en «{self.folder}» ({why}). Vale en este chat, y lo guardado antes sigue "
-                "como estaba; cuando se pueda escribir, repite la orden."
+                "como estaba; cuando se pueda escribir, se guardará con lo siguiente que aprenda u olvide."
             ) from error
 
 
@@ -190,7 +215,9 @@ def teach_file(model, tokenizer, path, say) -> int:
                 raise FactError('no es JSON; tiene que ser como {"prompt": "El río Zas nace en", "target": " Ber."}')
             if not prompt or not target:
                 raise FactError("hacen falta «prompt» y «target», los dos con texto.")
-            lessons[prompt] = number, teaching.lesson(prompt, target, others=[one for _, one in lessons.values()])
+            one = teaching.lesson(prompt, target, others=[other for _, other in lessons.values()])
+            lessons = {key: kept for key, kept in lessons.items() if not kept[1].same_prompt(one)}
+            lessons[prompt] = number, one
         except FactError as error:
             bad += 1
             say(f"❌ Línea {number}: {error}")

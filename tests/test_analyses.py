@@ -283,17 +283,19 @@ def test_blocks_are_those_on_which_training_measures(small_tokenizer, workplace,
     assert sample.kinds.tolist() == [expected[i * 32 :][:32].tolist() for i in chosen]
     assert "aparta" in sample.origin and "semilla 0" in sample.origin
     other = probes.held_out_blocks(small_tokenizer, str(workplace), 16, 32, seed=3)
-    assert "semilla 3" in other.origin
+    assert "semilla 3" in other.origin and "no todo" not in other.origin
+    unknown = probes.held_out_blocks(small_tokenizer, str(workplace), 16, 32, seed=None)
+    assert torch.equal(unknown.ids, sample.ids) and "si se entrenó con otra" in unknown.origin
     held = np.asarray(corpora.prepare_corpus(small_tokenizer, str(workplace), length=32, seed=3).held_out, np.int64)
     assert other.ids[0].tolist() == held[:32].tolist() != sample.ids[0].tolist()
 
 
 def test_the_seed_that_divided_a_models_text_is_in_its_log(tmp_path):
-    assert trained_seed(tmp_path) == 0
+    assert trained_seed(tmp_path) is None
     (tmp_path / LOG).write_text('{"phase": 1, "step": 1}\n{"seed": 3}\n{"demo": {}}\n')
     assert trained_seed(tmp_path) == 3
     (tmp_path / LOG).write_text("no\n")
-    assert trained_seed(tmp_path) == 0
+    assert trained_seed(tmp_path) is None
 
 
 def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, workplace):

@@ -284,7 +284,8 @@ def test_a_piped_block_of_code_is_one_question(piped, says):
         ("exitt", "exit"), ("quti", "quit"), ("hepl", "help"), ("exist nothing", None),
         ("aprend a programar", None), ("temperaturas altas", None), ("hola", None), ("", None),
         ("aprende a=>b c", "aprende a => b c"), ("Aprende a b -> c", "aprende a b => c"),
-        ("aprende a→b", "aprende a => b"), ("aprende Python conmigo", None), ("aprende = 3", None),
+        ("aprende a→b", "aprende a => b"), ("/aprende a->b", "aprende a => b"),
+        ("aprende Python conmigo", None), ("aprende = 3", None),
         ("aprende =>", "aprende PRINCIPIO => RESPUESTA"), ("aprende => Lutz", "aprende PRINCIPIO => RESPUESTA"),
         ("aprende Lutz =>", "aprende PRINCIPIO => RESPUESTA"), ("aprende a b = c", "aprende a b => c"),
         ("Borra 1", "olvida 1"), ("olvida2", "olvida 2"), ("elimina todo", "olvida todo"), ("¡Adiós!", "salir"),
@@ -308,7 +309,7 @@ def test_the_words_of_other_programs_are_understood():
 
 
 def test_an_order_typed_into_a_block_of_code_is_one():
-    assert all(map(leaves_block, ("salir", "Ayuda", "/charla", "olvida 1", "recuerdos", "código")))
+    assert all(map(leaves_block, ("salir", "Ayuda", "/charla", "olvida 1", "recuerdos", "código", "salir.", "¡Ayuda!")))
     code = "exit()", "quit()", "    salir", "memoria", "limpiar()", "temperatura", "salir = 1", "comparar(a, b)", ""
     assert not any(map(leaves_block, code))
 

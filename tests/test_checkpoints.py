@@ -391,6 +391,17 @@ def test_a_finished_training_is_not_trained_again(place, whole):
     assert code == 1 and f"{kills.OUTPUT}/ ya está terminado" in out and weights(place) == whole, out
 
 
+def test_nor_from_a_copy_that_was_left_behind(place, whole, tmp_path):
+    drive = tmp_path / "Drive"
+    drive.mkdir()
+    killed(place, "un paso", 15, 0, options=["--copia", str(drive)])
+    assert run(place, "--reanudar")[0] == 0  # without the copy
+    (place / kills.OUTPUT / "notas.txt").write_text("mías")
+    code, out = run(place, "--copia", str(drive), "--reanudar")
+    assert code == 1 and f"{kills.OUTPUT}/ ya está terminado" in out and "Traigo" not in out, out
+    assert (place / kills.OUTPUT / "notas.txt").exists() and weights(place) == whole
+
+
 def test_salida_is_the_same_with_a_slash_behind_and_names_a_folder(place, whole):
     killed(place, "un paso", 7, 0)
     assert train.from_args(train.parse([*kills.OPTIONS, "--salida", f"{kills.OUTPUT}/", "--reanudar"]))[1].resume > 1e5

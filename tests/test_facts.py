@@ -453,8 +453,10 @@ def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():
     assert chat_script.order("Aprende a => b") == ("aprende", "a => b")
     assert chat_script.order("aprende Lutz", answered=True) == ("aprende", "Lutz")
     assert chat_script.order("aprende", answered=True) == ("", "aprende")
-    for half in ("aprende => Lutz", "aprende Lutz =>", "aprende a -> b"):
+    for half in ("aprende => Lutz", "aprende Lutz =>"):
         assert chat_script.order(half, answered=True)[0] == ""
+    for answer in ("Es 3 → 4", "p->next", "def area(r) -> float:"):
+        assert chat_script.order(f"aprende {answer}", answered=True) == ("aprende", answer)
 
 
 def test_in_code_mode_both_sides_are_literal(tokenizer, monkeypatch, capsys):
@@ -558,6 +560,70 @@ def test_what_a_model_came_with_is_forgotten_for_good(tokenizer, tmp_path):
     assert not again.said
     again.learn([again.lesson(*FACTS[0])], "")
     assert opened().said == ["The capital of Zubrowka is => Lutz."]
+
+
+def test_what_a_model_came_with_stays_forgotten_whoever_uses_the_folder(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    own = teaching.Teaching(model, tokenizer)
+    own.learn([own.lesson(*FACTS[0])], "")
+    model.save_pretrained(tmp_path / "modelo")
+
+    def opened(plain=False):
+        model = fresh(tokenizer) if plain else PhiEngramForCausalLM.from_pretrained(tmp_path / "modelo")
+        return teaching.Teaching(model, tokenizer, tmp_path / "r")
+
+    def learn(one, prompt):
+        one.learn([one.lesson(prompt, " Olga.")], "")
+
+    one, two = opened(), opened()
+    one.forget(one.said)
+    learn(two, "El alcalde de Zubrowka es")  # it had the other since before
+    left = ["El alcalde de Zubrowka es => Olga."]
+    assert two.said == opened().said == left
+    learn(opened(plain=True), "El alcalde de Zubrowka es")
+    assert opened().said == left
+    kept = (tmp_path / "r" / teaching.FORGOTTEN).read_text()
+    assert len(json.loads(kept)) == 1 and "Zubrowka" not in kept
+    (tmp_path / "r" / teaching.FORGOTTEN).write_text("")
+    with pytest.raises(UserError, match="olvidados.json» está dañado: bórralo"):
+        opened()
+
+
+def test_what_could_not_be_saved_comes_with_the_next_change(tokenizer, tmp_path, monkeypatch):
+    """And what others took back meanwhile does not come again."""
+    def opened():
+        return teaching.Teaching(fresh(tokenizer), tokenizer, tmp_path)
+
+    def learn(one, who):
+        one.learn([one.lesson(f"El {who} de Zubrowka es", " Olga.")], "")
+
+    one = opened()
+    for who in ("alcalde", "cartero"):
+        learn(one, who)
+    two = opened()
+    learn(one, "panadero")
+    save = PhiEngramForCausalLM.save_facts
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PhiEngramForCausalLM, "save_facts", full)
+    with pytest.raises(UserError, match="se guardará con lo siguiente"):
+        two.forget(two.said[:1])
+    monkeypatch.setattr(PhiEngramForCausalLM, "save_facts", save)
+    one.forget(["El panadero de Zubrowka es => Olga."])
+    learn(two, "herrero")
+    left = [f"El {who} de Zubrowka es => Olga." for who in ("cartero", "herrero")]
+    assert two.said == opened().said == left
+
+
+def test_of_two_lines_with_one_prompt_the_later_holds(tokenizer, tmp_path):
+    model, said = fresh(tokenizer), []
+    pairs = ("The", " Olga."), ("the", " Pedro.")
+    lines = [dict(prompt=f"{the} mayor of Zubrowka is", target=who) for the, who in pairs]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert teaching.teach_file(model, tokenizer, tmp_path / "h.jsonl", said.append) == 0
+    assert completion(model, tokenizer, *lines[1].values()) == " Pedro." and len(model.facts) == 1
 
 
 def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):

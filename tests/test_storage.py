@@ -804,6 +804,15 @@ def test_load_writes_over_an_untrained_graft_and_over_nothing_that_has_learned(h
         assert run(load_script, "--modelo", "base", "--precision-memoria", "int8", "--salida", name) == 1
         assert "un modelo que ha aprendido algo y no lo voy a pisar" in capsys.readouterr().err
     assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "base") == 0
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
+    (here / "alone" / ".DS_Store").write_bytes(b"")
+    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8", "--salida", "alone") == 1
+    assert "ahí hay una memoria y no la voy a pisar" in capsys.readouterr().err
+    assert run(load_script, "--modelo", "trained", "--solo-memoria", "--salida", "alone") == 0
+    for file in (here / "phi1-engram").glob("model*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert run(load_script, "--modelo", "trained", "--precision-memoria", "int8") == 1
+    assert "está dañado o a medias: borra la carpeta phi1-engram" in capsys.readouterr().err
 
 
 def test_load_narrows_rows_with_the_rest(here):
