@@ -112,8 +112,8 @@ def check_memory_acts(model, ids):
             hook.remove()
     if not all(table.writable for table in model.model.engram_tables.values()):
         if not any(out.any() for out in added.values()):
-            where = "en disco" if model.memory_place == "disco" else "en int8"
-            note(f"Memoria sin entrenar y {where}, donde no se le pueden poner números de prueba: queda sin probar.")
+            where, cure = ("en disco", " Usa: --memoria ram") if model.memory_place == "disco" else ("en int8", "")
+            note(f"Memoria sin entrenar y {where}, donde no se le pueden poner números de prueba: no se mira.{cure}")
             return None
     works = [i for i, out in added.items() if out.isfinite().all() and out.any()]
     return float(len(hooks) - len(works)), 0.0, f"{len(works)} de {len(hooks)} capas añaden algo"
