@@ -322,10 +322,12 @@ def test_what_the_model_says_already_needs_no_other_row(taught, tokenizer, refer
     assert taught.facts == before
 
 
-def test_a_fact_leans_on_no_other(tokenizer, reference):
+def test_a_fact_leans_on_no_other(tokenizer, reference, monkeypatch):
     """Where another says a part of it already, rows of its own are written all the same."""
-    model = fresh(tokenizer)
+    model, margin = fresh(tokenizer), facts.MARGIN
+    monkeypatch.setattr(facts, "MARGIN", 3 * margin)  # so that this one says it beyond doubt
     first = teach(model, tokenizer, "Everyone knows that the capital of Zubrowka is", " Lutz.", reference=reference)
+    monkeypatch.setattr(facts, "MARGIN", margin)
     prompt, target = "My uncle told me that the capital of Zubrowka is", " Lutz, as ever."
     second = teach(model, tokenizer, prompt, target, reference=reference)
     assert len(second.keys) == second.notes["tokens"] and not second.notes["known"]
