@@ -343,10 +343,16 @@ def test_a_correction_is_one_whatever_its_capitals(tokenizer):
     chat.learn("the mayor of Zubrowka is => Pedro", lambda step: None)
     assert chat.teaching.said == ["the mayor of Zubrowka is => Pedro"] and len(model.facts) == 2
     assert completion(model, tokenizer, "The mayor of Zubrowka is", " Pedro.") == " Pedro."
-    # Written once more beside another with an n-gram in common, it goes on being told as one.
-    chat.learn("They say that the mayor of Zubrowka is => Pedro, as ever", lambda step: None)
-    said = ["the mayor of Zubrowka is => Pedro", "They say that the mayor of Zubrowka is => Pedro, as ever"]
-    assert chat.teaching.said == said
+
+
+def test_what_is_written_once_more_is_told_as_before(tokenizer):
+    """Facts whose longest keys are the same are written together, and stay as they were told."""
+    kept = teaching.Teaching(fresh(tokenizer), tokenizer)
+    end = "the capital of the old and large country that lies to the north of the river, near the town of Zubrowka, is"
+    for month in ("May", "June"):
+        kept.learn([kept.lesson(f"In {month} {end}", " Lutz.")], f"of {month}")
+    first, second = kept.model.facts
+    assert torch.equal(first.keys, second.keys) and kept.said == ["of May", "of June"]
 
 
 def test_a_question_in_code_is_corrected_as_it_was_asked(tokenizer):
