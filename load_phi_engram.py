@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 try:
+    from engram.adapters import SMALL
     from engram.cards import write_graft_card, write_memory_card
     from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
     from engram.folders import whole_folder
@@ -93,9 +94,15 @@ def main(argv=None):
             alone = not phi_was_trained(model)
             write_memory_card(model, folder, title, origin, alone)
             if not alone:
+                small = Path(name, SMALL)
                 print(
                     f"⚠️  {args.modelo} hizo la fase 2, que cambió su Phi: esta memoria solo sirve con ese Phi, no con "
-                    "el original.\n   Para compartir solo la memoria, entrénala con --pasos-fase2 0."
+                    "el original.\n"
+                    + (
+                        f"   Lo que sirve con el original, la memoria con su adaptador LoRA, está en {small}/"
+                        if small.is_dir()
+                        else "   Para compartir solo la memoria, entrénala con --pasos-fase2 0."
+                    )
                 )
         dtype, tables = PRECISIONS.get(args.precision_memoria), model.model.engram_tables.values()
         if dtype is None and args.dtype != "auto":

@@ -23,6 +23,7 @@ try:
     import torch
     import transformers
 
+    from engram.adapters import import_peft
     from engram.checkpoints import newest_identity
     from engram.console import SpanishParser, UserError, counted, decimal, out_of_memory, run_script, short, spanish
     from engram.copies import ON_HUB, copies
@@ -51,9 +52,9 @@ except KeyboardInterrupt:  # importing takes seconds
 
 # What a plan repeats of the command line in the command that it proposes; the rest it proposes itself.
 REPEATED = (
-    "datos", "dataset", "codificacion", "max_tokens", "tasas", "pasos_fase1", "pasos_fase2", "semilla", "salida",
-    "guardar_cada", "guardar_minutos", "copia", "conservar", "registro", "subir", "publico", "cambiar_memoria",
-    "reanudar",
+    "datos", "dataset", "codificacion", "max_tokens", "lora", "tasas", "pasos_fase1", "pasos_fase2", "semilla",
+    "salida", "guardar_cada", "guardar_minutos", "copia", "conservar", "registro", "subir", "publico",
+    "cambiar_memoria", "reanudar",
 )  # fmt: skip
 
 
@@ -84,6 +85,11 @@ def make_parser() -> SpanishParser:
     parser.add_argument(
         "--estado-filas", choices=ROW_STATES, default="adam",
         help="lo que se guarda para entrenar la tabla: dos números por valor, o uno por fila (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora", action="store_true",
+        help="en la fase 2, en vez de todo Phi aprende un adaptador LoRA, con la memoria: ocupa mucho menos y al final "
+        "se funde en Phi (paquete opcional peft)",
     )  # fmt: skip
     parser.add_argument("--recalcular", action="store_true", help="menos RAM o memoria de la GPU, un tercio más lento")
     parser.add_argument(
@@ -154,6 +160,8 @@ def parse(argv):
             f"--repartir-modelo no va con --optimizador {args.optimizador}, que necesita las matrices enteras: deja "
             "adamw, cuyos estados ya se reparten."
         )
+    if args.lora:
+        check_lora(args)
     # A plan may be for another machine.
     if args.optimizador == "adamw8bit" and args.plan is None and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
@@ -186,6 +194,18 @@ def parse(argv):
         hint = f" ¿Querías decir {Path(args.datos).with_name(close[0])}?" if close else ""
         raise UserError(f"No existe «{args.datos}».{hint} Indica una carpeta o un archivo con --datos.")
     return args
+
+
+def check_lora(args):
+    """Refuse what does not go with --lora."""
+    if args.pasos_fase2 == 0:
+        raise UserError("--lora es de la fase 2, y --pasos-fase2 0 la quita: deja una de las dos.")
+    if args.repartir_modelo:
+        raise UserError(
+            "--repartir-modelo no va con --lora, que ya ocupa mucho menos: con él cada tarjeta guarda Phi entero. Deja "
+            "una de las dos."
+        )
+    import_peft("--lora")
 
 
 def less_memory(args, device: str) -> str:
@@ -302,7 +322,7 @@ def run(args, accelerator, model, tokenizer, output: Path):
     accelerator.wait_for_everyone()
     then = newest_identity(checkpoints) if args.reanudar else None
     recipe = replace(
-        phi_1_recipe(args.tasas, then), length=args.longitud, batch=args.lote, accumulate=args.acumular,
+        phi_1_recipe(args.tasas, then, args.lora), length=args.longitud, batch=args.lote, accumulate=args.acumular,
         seed=args.semilla, optimizer=args.optimizador, row_state=args.estado_filas, recompute=args.recalcular,
         processes=accelerator.num_processes, shard_rows=args.repartir_filas, shard_model=args.repartir_modelo,
     )  # fmt: skip
@@ -333,7 +353,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     if args.subir and accelerator.is_main_process:
         on_hub(
             lambda hub: hub.upload_folder(  # weights of an earlier upload under other names would be taken for these
-                repo_id=args.subir, folder_path=output, delete_patterns=["model*.safetensors*", "engram_facts*"],
+                repo_id=args.subir, folder_path=output,
+                delete_patterns=["model*.safetensors*", "engram_facts*", "lora/*"],
             ), args.subir,
             f"El modelo está entero en {output}/; súbelo cuando haya conexión con: hf upload {args.subir} {output}",
         )  # fmt: skip

@@ -28,6 +28,7 @@ WORDS = {
     "table_rates": ("tasa de las tablas en la fase 1", "tasa de las tablas en la fase 2"),
     "weight_decay": "decaimiento",
     "clip": "recorte de gradientes",
+    "lora": "rango de --lora",
     "hidden_size": "ancho del modelo",
     "intermediate_size": "ancho del MLP",
     "num_hidden_layers": "capas del modelo",
@@ -170,7 +171,8 @@ def identity_of(recipe: dict, corpus_digest: str, config: dict) -> dict:
 
 
 def _differences(state, identity, data):
-    then, found = state["identity"], []
+    then, identity = ({"lora": 0, **side} for side in (state["identity"], identity))  # earlier ones did not say it
+    found = []
     if then["corpus"] != identity["corpus"]:
         found.append(f"el texto de --datos no es el mismo («{state['data']}» entonces, «{data}» ahora)")
     old, new = (math.prod(side.get(name, 1) for name in SPLIT) for side in (then, identity))

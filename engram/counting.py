@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import initialization as init
 
+from engram.adapters import add_lora, learns
 from phi1_engram import PhiEngramConfig, PhiEngramForCausalLM
 
 # Older ones copy what they write; from the memory of a card all have to.
@@ -109,17 +110,20 @@ class AsOnCard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def empty_model(config: PhiEngramConfig) -> PhiEngramForCausalLM:
-    """The model without contents, its tables without rows."""
+def empty_model(config: PhiEngramConfig, lora=0) -> PhiEngramForCausalLM:
+    """The model without contents, its tables without rows; with adapters of rank `lora`."""
     config = PhiEngramConfig(**{**config.to_dict(), "engram_tokenizer_compression": False})
     with torch.device("meta"), init.no_init_weights():
-        return PhiEngramForCausalLM(config, empty_tables=True)
+        model = PhiEngramForCausalLM(config, empty_tables=True)
+        if lora:
+            add_lora(model, lora)
+    return model
 
 
 @lru_cache(maxsize=256)
-def _traced(config_json, tokens, phase, recompute, half, accumulated):
+def _traced(config_json, tokens, phase, recompute, half, accumulated, lora):
     config = PhiEngramConfig.from_dict(json.loads(config_json))
-    model = empty_model(config).train()
+    model = empty_model(config, lora).train()
     live = LiveStorage(config.vocab_size, dict(gradientes=1, media=1))
     card = AsOnCard(half, live)
     for table in model.model.engram_tables.values():
@@ -132,7 +136,7 @@ def _traced(config_json, tokens, phase, recompute, half, accumulated):
     for tensor in [*model.parameters(), *model.buffers()]:
         live.count(tensor, None)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(phase == 2 or "engram" in name)
+        parameter.requires_grad_(learns(name, phase, lora))
         rows = "engram_tables" in name
         if parameter.requires_grad and not rows:
             parameter.register_post_accumulate_grad_hook(lambda p: live.count(p.grad, "gradientes"))
@@ -152,18 +156,19 @@ def _traced(config_json, tokens, phase, recompute, half, accumulated):
     return live.at_peak
 
 
-def traced(config, tokens, phase, recompute=False, half=None, accumulated=False) -> dict[str, int]:
+def traced(config, tokens, phase, recompute=False, half=None, accumulated=False, lora=0) -> dict[str, int]:
     """Bytes that live at the peak of one forward and backward pass, beside weights and whole tables.
 
     Args:
         tokens: batch * length; with attention that keeps no T x T matrix they enter alike.
         accumulated: an earlier micro-batch has left its gradients.
+        lora: rank of the adapters that learn in the place of Phi.
     Returns:
         {"activaciones", "logits", "media" (weights in half precision), "gradientes"}.
     """
     same = dict(engram_vocab_size=[2] * (config.max_ngram_size - 1))  # the step does not depend on it
     key = json.dumps({**config.to_dict(), **same}, sort_keys=True, default=str)
-    return _traced(key, tokens, phase, recompute, half, accumulated)
+    return _traced(key, tokens, phase, recompute, half, accumulated, lora)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class Choice:
     shard_model: bool = False  # and of the dense weights, their gradients and states
     asked: tuple[int | None, int | None] = (None, None)  # steps of each phase, where they were said
     corpus: float | None = None  # tokens to train on, where that can be guessed
+    lora: int = 0  # rank of the adapters that phase 2 trains in the place of Phi
 
     @property
     def tokens(self) -> int:
@@ -191,16 +197,16 @@ class Choice:
 
 
 @lru_cache(maxsize=8)
-def _shapes(config_json):
-    model = empty_model(PhiEngramConfig.from_dict(json.loads(config_json)))
+def _shapes(config_json, lora):
+    model = empty_model(PhiEngramConfig.from_dict(json.loads(config_json)), lora)
     return [(name, tuple(p.shape)) for name, p in model.named_parameters()], {
         int(layer_id): (table.n_rows, table.d_head) for layer_id, table in model.model.engram_tables.items()
     }
 
 
-def shapes(config):
-    """[(name, shape) of dense parameters], {layer_id: (rows, values per row)}."""
-    return _shapes(json.dumps(config.to_dict(), sort_keys=True, default=str))
+def shapes(config, lora=0):
+    """[(name, shape) of dense parameters], {layer_id: (rows, values per row)}; `lora`: rank of adapters."""
+    return _shapes(json.dumps(config.to_dict(), sort_keys=True, default=str), lora)
 
 
 def optimizer_bytes(shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
@@ -225,9 +231,10 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     The items of each add up to its peak. Without a card what computes is in "RAM". Tables count whole, with the state
     of all their rows: what a long training reaches. `step`: `traced`, or what stands for it.
     """
-    dense, tables = shapes(config)
+    lora = choice.lora if phase == 2 else 0
+    dense, tables = shapes(config, lora)
     numel = {name: math.prod(shape) for name, shape in dense}
-    trained = [(name, shape) for name, shape in dense if phase == 2 or "engram" in name]
+    trained = [(name, shape) for name, shape in dense if learns(name, phase, lora)]
     weights, gradients = 4 * sum(numel.values()), 4 * sum(numel[name] for name, _ in trained)
     kept, passing = zip(*(optimizer_bytes(shape, choice.optimizer) for _, shape in trained))
     states = sum(kept)
@@ -241,7 +248,7 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     rows = sum(4 * n * d for n, d in tables.values())
     row_states = 2 * rows if choice.row_state == "adam" else sum(4 * n for n, _ in tables.values())
 
-    peak = step(config, choice.tokens, phase, choice.recompute, machine.half, choice.accumulate > 1)
+    peak = step(config, choice.tokens, phase, choice.recompute, machine.half, choice.accumulate > 1, lora)
     orders = config.max_ngram_size - 1
     read = [  # bytes of all rows that a step reads, if no two are the same
         4 * d * min(n, choice.tokens * choice.accumulate * orders * config.n_head_per_ngram) for n, d in tables.values()
@@ -263,10 +270,11 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     part = machine.cards if choice.shard else 1
     stored = {"tablas": rows / part, "estado de las tablas": row_states / part}
 
-    own = weights if phase == 2 else gradients  # a checkpoint of phase 1 leaves the frozen backbone out
+    own = weights if phase == 2 and not lora else gradients  # a checkpoint leaves out a backbone that is frozen
     disk = own + states + rows + row_states
-    final = weights + rows
-    files = {"modelo de partida": 0 if machine.measured or machine.scratch else final, "punto de control": disk}
+    start = weights + rows
+    final = start + (gradients + rows if choice.lora else 0)  # what has learned once more, without Phi
+    files = {"modelo de partida": 0 if machine.measured or machine.scratch else start, "punto de control": disk}
     beside = max(disk * choice.keep, disk * (choice.keep - 1) + final)  # older checkpoints, and at the end the result
     files |= {"lo que se guarda a su lado": max(0, beside - (choice.resume or 0))}
     written = max(own, rows + row_states)  # in one file at a time

@@ -22,6 +22,7 @@ from engram.rows import untouched_zeros
 from phi1_engram import EngramTable, as_any_new_file, differing, unpack
 
 MEMORY_FILE = "engram_memory.safetensors"
+BESIDE_ADAPTER = "adapter"  # in its metadata: it learned beside one, without which it is not what was trained
 
 
 def without_peft(model):
@@ -94,7 +95,8 @@ def save_memory(model, folder):
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, {"format": "pt", **model.fingerprints()})
+        beside = {BESIDE_ADAPTER: "peft"} if any(".base_layer." in name for name in model.state_dict()) else {}
+        save_file(tensors, temporary, {"format": "pt", **model.fingerprints(), **beside})
         as_any_new_file(temporary)
         os.replace(temporary, path)
     finally:

@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
+from engram.adapters import adapter_beside, put_in
 from engram.console import UserError, out_of_memory
 from engram.folders import no_space
 from engram.memories import MEMORY_FILE, load_memory
@@ -234,7 +235,8 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
 
 
 def change_memory(model, name):
-    """Put the memory of the folder or Hub name `name` in place of the model's own."""
+    """Put the memory of the folder or Hub name `name`, and LoRA's change of Phi if it learned beside one, in place of
+    the model's own."""
     name = find_model(name, MEMORY_FILE, "una memoria", "tu-usuario/mi-memoria")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
         raise UserError(
@@ -243,10 +245,14 @@ def change_memory(model, name):
         )
     facts = len(model.facts)
     with explained(name):
+        source = where_from(name)
+        adapter = adapter_beside(model, name, **source)
         try:
-            load_memory(model, name, **where_from(name))
+            load_memory(model, name, **source)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if adapter:
+            put_in(model, adapter)
     if facts:
         print(FACTS_GONE.format(facts, "se escribieron con la memoria anterior"), file=sys.stderr)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from engram.adapters import RANK, learns
 from engram.console import UserError, short, spanish
 from engram.counting import Choice, Machine, account, shapes, traced
 from engram.machines import named_machine, this_machine
@@ -58,15 +59,16 @@ def fits(config, choice, machine) -> bool:
 def flops_per_token(config, choice, phase: int) -> float:
     """Operations: 2 per weight forward, 2 for gradients of inputs, 2 for those of weights.
 
-    Phase 1 takes gradients of inputs from the first Engram layer up, and of weights in Engram alone. Repeating forward
-    adds 2 where it is repeated. Attention (causal) adds 2·T·d per layer and pass.
+    Phase 1 takes gradients of inputs from the first Engram layer up. Repeating forward adds 2 where it is repeated.
+    Attention (causal) adds 2·T·d per layer and pass.
     """
-    dense, _ = shapes(config)
+    lora = choice.lora if phase == 2 else 0
+    dense, _ = shapes(config, lora)
     size = {name: math.prod(shape) for name, shape in dense if len(shape) == 2 and "embed_tokens" not in name}
-    total, memory = sum(size.values()), sum(n for name, n in size.items() if "engram" in name)
+    total, trained = sum(size.values()), sum(n for name, n in size.items() if learns(name, phase, lora))
     first = min(config.engram_layer_ids) if phase == 1 else 0
     above = total - sum(n for name, n in size.items() if any(f".layers.{i}." in name for i in range(first)))
-    passes = 2 * total + 2 * above + 2 * (memory if phase == 1 else total) + 2 * total * choice.recompute
+    passes = 2 * total + 2 * above + 2 * trained + 2 * total * choice.recompute
     return passes + 2 * choice.length * config.hidden_size * config.num_hidden_layers * (3 + choice.recompute)
 
 
@@ -76,9 +78,10 @@ def bytes_per_token(config, choice, machine, phase: int) -> float:
     A model in parts (FSDP2) brings its weights together in float32 for forward and for backward, and spreads the
     gradients, in every micro-batch. Whole ones meet once a step, as a sum over a ring: twice the gradients.
     """
-    dense, _ = shapes(config)
+    lora = choice.lora if phase == 2 else 0
+    dense, _ = shapes(config, lora)
     weights = 4 * sum(math.prod(shape) for _, shape in dense)
-    gradients = 4 * sum(math.prod(shape) for name, shape in dense if phase == 2 or "engram" in name)
+    gradients = 4 * sum(math.prod(shape) for name, shape in dense if learns(name, phase, lora))
     per_batch = 2 * weights + gradients if choice.shard_model else 2 * gradients / choice.accumulate
     return per_batch * (machine.cards - 1) / machine.cards / (choice.tokens * machine.cards)
 
@@ -94,7 +97,8 @@ def search(config, choice: Choice, machine: Machine) -> Choice | None:
     batches = [choice.batch] + [n for n in (16, 8, 4, 2, 1) if n < choice.batch]
     places = [choice.place] + ["ram"] * (machine.gpu > 0 and choice.place == "auto")
     row_states, optimizers = dict.fromkeys([choice.row_state, "fila"]), dict.fromkeys([choice.optimizer, "adafactor"])
-    recompute, parts = dict.fromkeys([choice.recompute, True]), dict.fromkeys([choice.shard_model, machine.cards > 1])
+    recompute = dict.fromkeys([choice.recompute, True])
+    parts = dict.fromkeys([choice.shard_model, machine.cards > 1 and not choice.lora])
     for total, length, optimizer, row_state, part, place, again, batch in product(
         per_step, lengths, optimizers, row_states, parts, places, recompute, batches
     ):
@@ -281,7 +285,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         f"{spanish(rows / 1e6, 2)} millones",
         f"  de filas de {next(iter(tables.values()))[1]} valores. Se calcula en {precision}.",
         f"  Lote {choice.batch} × {choice.length} tokens, {choice.accumulate} por paso; tablas en {where}",
-        f"  {choice.optimizer}; estado de filas: {choice.row_state}" + ("; recalculando" if choice.recompute else ""),
+        f"  {choice.optimizer}; estado de filas: {choice.row_state}" + ("; recalculando" if choice.recompute else "")
+        + (f"; LoRA de rango {choice.lora} en la fase 2" if choice.lora else ""),
         "",
         table(config, choice, machine),
         "",
@@ -358,7 +363,7 @@ def from_args(args) -> tuple[str, Choice, Machine, list[str]]:
     choice = Choice(
         args.lote, args.longitud, args.acumular, args.optimizador, args.estado_filas, args.recalcular, args.memoria,
         (args.pasos_fase1 != 0, args.pasos_fase2 != 0), args.conservar, there, args.repartir_filas,
-        args.repartir_modelo,
+        args.repartir_modelo, lora=RANK if args.lora else 0,
     )  # fmt: skip
     if args.plan is not None:
         tokens = None if args.dataset else corpus_tokens(args.datos)

@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 from transformers.utils import cached_file
 
-from engram.cards import front, original, toy_warning, values_of, write
+from engram.adapters import SMALL, merge, save_small
+from engram.cards import front, original, toy_warning, values_of, write, write_memory_card
 from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
 from engram.opening import LOG, where_from
@@ -84,7 +85,7 @@ def result_table(results: list[dict]) -> str:
 
 
 def plot_losses(
-    history: list[dict], results: list[dict], steps: tuple[int, int], path, control: dict | None = None
+    history: list[dict], results: list[dict], recipe, path, control: dict | None = None
 ) -> None:
     """Training loss by step, smoothed, with the held-out loss before, between and after, and that of a control."""
     matplotlib.use("Agg")
@@ -92,14 +93,14 @@ def plot_losses(
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     places = [0]
-    for phase, what in ((1, "solo la memoria"), (2, "todo el modelo")):
+    for phase in (1, 2):
         losses = [row["loss"] for row in history if row["phase"] == phase]
         if losses:
             window, start = max(1, len(losses) // 8), places[-1]
             smooth = np.convolve(losses, np.ones(window) / window, "valid")
-            label = f"texto con que se entrena, fase {phase} ({what})"
+            label = f"texto con que se entrena, fase {phase} ({what_learns(phase, recipe.lora)})"
             axes.plot(np.arange(len(smooth)) + start + window, smooth, label=label)
-            places.append(start + steps[phase - 1])
+            places.append(start + recipe.steps[phase - 1])
     held_out = [row["loss"] for row in results]
     axes.plot(places, held_out, "o--", color="black", label="texto apartado, con memoria")
     for place, loss in zip(places, held_out):
@@ -140,7 +141,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
 ```
 
 Es un modelo base: completa código y textos; no se le ha enseñado a conversar.
-
+{small}
 ## Datos
 
 Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
@@ -161,14 +162,27 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 """
 
 
+SMALL_NOTE = """
+Lo aprendido, sin Phi, está en la carpeta `lora/`: un adaptador LoRA y la memoria. Sobre el Phi de partida, con una
+memoria de la misma forma, responde como este modelo: `--cambiar-memoria {name}/lora` (con `pip install peft`).
+"""
+
+
+def what_learns(phase: int, lora: int) -> str:
+    if phase == 1:
+        return "solo la memoria"
+    return "la memoria y LoRA" if lora else "todo el modelo"
+
+
 def phases(recipe) -> str:
     """What a card says of both phases; of one that had no steps, that it was left out."""
     steps = [counted(number, "paso") for number in recipe.steps]
     (a, b), (c, d) = (map(short, rates) for rates in zip(recipe.memory_rates, recipe.table_rates))
     first = f"Fase 1, {steps[0]}: Phi congelado; tasas {a} (proyecciones de Engram) y {b} (tablas)."
+    who = f"un adaptador LoRA de rango {recipe.lora}, fundido después en Phi" if recipe.lora else "Phi"
     second = (
-        f"Fase 2, {steps[1]}: todo el modelo; tasas {short(recipe.backbone_rate)} (Phi), {c} (proyecciones de Engram) "
-        f"y {d} (tablas)."
+        f"Fase 2, {steps[1]}: {what_learns(2, recipe.lora)}; tasas {short(recipe.backbone_rate)} ({who}), {c} "
+        f"(proyecciones de Engram) y {d} (tablas)."
     )
     return "\n".join(
         (first if recipe.steps[0] else "Sin fase 1.", second if recipe.steps[1] else "Sin fase 2: Phi no ha cambiado.")
@@ -188,29 +202,40 @@ def against_control(control: dict, result: dict) -> str:
     )
 
 
-def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
-    """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all."""
-    recipe, config, name = outcome["recipe"], model.config, Path(output).name
+def trained_card(model, outcome: dict, name: str, repo: str | None) -> str:
+    """README.md of a trained model, `name` its folder; where weights of Phi changed, they have by now."""
+    recipe, control = outcome["recipe"], outcome["control"]  # the held-out result of a twin without memory, or None
     backbone, memory = values_of(model)
     words = asdict(recipe) | dict(phases=phases(recipe), weight_decay=short(recipe.weight_decay))
-    control = outcome["control"]  # the held-out result of a twin without memory, or None
-    card = CARD.format(
-        front=front("[engram, phi, code, custom_code]", original(model)), name=name,
-        repo=repo or f"tu-usuario/{name}", layers=", ".join(map(str, config.engram_layer_ids)), memory=spanish(memory),
-        backbone=spanish(backbone), corpus=outcome["corpus"].describe(), toy=toy_warning(model),
+    return CARD.format(
+        front=front("[engram, phi, code, custom_code]", original(model)), name=name, repo=repo or f"tu-usuario/{name}",
+        layers=", ".join(map(str, model.config.engram_layer_ids)), memory=spanish(memory), backbone=spanish(backbone),
+        corpus=outcome["corpus"].describe(), toy=toy_warning(model),
+        small=SMALL_NOTE.format(name=name) if recipe.lora else "",
         table=result_table([*outcome["results"], *([control] if control else [])]),
         control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
         content=memory_line(outcome["memory"]).strip(), **words,
     )  # fmt: skip
+
+
+def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> None:
+    """Write weights, code, tokenizer, card, log and picture to `output`, whole or not at all; adapters are merged into
+    Phi, and saved beside it as they are, with the memory."""
+    recipe, control, name = outcome["recipe"], outcome["control"], Path(output).name
     with whole_folder(output) as folder:
+        if outcome["lora"]:
+            (folder / SMALL).mkdir()
+            save_small(outcome["lora"], folder / SMALL)
+            write_memory_card(model, folder / SMALL, f"{name}/{SMALL}", name, not phi_was_trained(model), lora=True)
+            merge(outcome["lora"])
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write(folder, card)
+        write(folder, trained_card(model, outcome, name, repo))
         rows = [*outcome["history"], *outcome["results"], dict(memory=outcome["memory"]), dict(seed=recipe.seed)]
         rows += [dict(control=control)] if control else []
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / LOG).write_text("".join(lines), encoding="utf-8")
-        plot_losses(outcome["history"], outcome["results"], recipe.steps, folder / "perdidas.png", control)
+        plot_losses(outcome["history"], outcome["results"], recipe, folder / "perdidas.png", control)
 
 
 def phi_was_trained(model) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from engram.adapters import RANK
 from engram.console import Progress, UserError, spanish
 from engram.corpus import Corpus, batch_at
 from engram.optimizers import clip_gradients, rate_factor
@@ -20,7 +21,7 @@ from engram.optimizers import clip_gradients, rate_factor
 class Recipe:
     """How a model is trained. Rates are Adam's; each phase warms up and then decays to a tenth by a cosine."""
 
-    backbone_rate: float  # phase 2
+    backbone_rate: float  # phase 2; of Phi's weights, or of the adapters in their place
     memory_rates: tuple[float, float]  # dense Engram weights, phase 1 and 2
     table_rates: tuple[float, float]  # table rows, phase 1 and 2; never with weight decay
     batch: int  # blocks per micro-batch
@@ -36,6 +37,7 @@ class Recipe:
     processes: int = 1  # that train together, each on micro-batches of its own
     shard_rows: bool = False  # each process keeps a part of the rows instead of all
     shard_model: bool = False  # and of the dense weights, their gradients and states (FSDP2)
+    lora: int = 0  # rank of the adapters that phase 2 trains in the place of Phi's weights; 0: Phi itself
 
     @property
     def tokens_per_step(self) -> int:
@@ -44,6 +46,7 @@ class Recipe:
 
 # Found with a pretrained SmolLM2-135M (DOCUMENTACION_TECNICA.md, 6.1); Phi-1's real weights have not seen them yet.
 PHI_1_RECIPE = Recipe(2e-5, memory_rates=(3e-3, 3e-3), table_rates=(3e-2, 3e-2), batch=2, length=512, accumulate=8)
+LORA_RECIPE = replace(PHI_1_RECIPE, backbone_rate=3e-3, weight_decay=0.0, lora=RANK)
 # With which trainings that are half done may have begun.
 EARLIER_RECIPES = (
     replace(PHI_1_RECIPE, memory_rates=(3e-3, 1e-4), table_rates=(3e-2, 1e-3)),
@@ -59,9 +62,11 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     return replace(recipe, backbone_rate=factor * recipe.backbone_rate, **pairs)
 
 
-def phi_1_recipe(factor: float, then: dict | None = None) -> Recipe:
-    """The default recipe, its rates times `factor`; an earlier one where that gives the rates of `then`, what a
-    checkpoint says of the training that it is from."""
+def phi_1_recipe(factor: float, then: dict | None = None, lora=False) -> Recipe:
+    """The default recipe, or the one with LoRA, its rates times `factor`; an earlier one where that gives the rates of
+    `then`, what a checkpoint says of the training that it is from."""
+    if lora:
+        return scaled(LORA_RECIPE, factor)
     for earlier in (scaled(recipe, factor) for recipe in EARLIER_RECIPES):
         if then and all(then.get(name) == json.loads(json.dumps(getattr(earlier, name))) for name in RATES):
             return earlier

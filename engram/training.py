@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 
+from engram.adapters import add_lora, learns, of_phi
 from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
 from engram.console import UserError, spanish
 from engram.copies import copies
@@ -35,16 +36,18 @@ from engram.processes import (
     whole,
 )
 from engram.rows import TrainedTables
-from engram.sharing import memory_line, result_line, save_trained, start_tracker
+from engram.sharing import memory_line, result_line, save_trained, start_tracker, what_learns
 from engram.signals import StopRequests, stop_requests
 from engram.steps import Recipe, evaluate, recompute_activations, run_steps
+from phi1_engram import WRAPPED
 
 
 def fingerprint(model) -> str:
     """Digest of every backbone tensor's bytes: equal before and after means bit-identical."""
     digest = hashlib.blake2b()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "engram" not in name:
+    state = {WRAPPED.sub(".", name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(state.items()):
+        if of_phi(name):
             digest.update(name.encode())
             digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -66,9 +69,9 @@ class Training:
         self.state = dict(phase=1, step=0, seconds=0.0, history=[], results=[], backbone=fingerprint(model))
         self.saved = None  # the checkpoint to go on from
         self.copies = copies(str(copy), self.checkpoints) if copy and self.accelerator.is_main_process else None
-        self.tables = self.running = self.optimizer = self.share = None
+        self.tables = self.running = self.optimizer = self.share = self.lora = None
         self.saved_at = time.monotonic()
-        self.accelerator.register_save_state_pre_hook(self.only_memory)
+        self.accelerator.register_save_state_pre_hook(self.only_trained)
 
     def steps_before(self, phase: int) -> int:
         return self.recipe.steps[0] if phase == 2 else 0
@@ -91,7 +94,8 @@ class Training:
                 )
             return
         self.saved, found = last_checkpoint(self.checkpoints, self.output, self.identity, self.corpus.describe())
-        if found.get("phase") == 1 and found["backbone"] != self.state["backbone"]:
+        own = self.state["backbone"]
+        if (found.get("phase") == 1 or self.recipe.lora) and found.get("backbone", own) != own:
             raise UserError(
                 f"El punto de control {self.saved} es de otro modelo de partida: los pesos de Phi no son los de "
                 "entonces. Indica el mismo con --modelo, o elige otra --salida para empezar uno nuevo."
@@ -128,10 +132,10 @@ class Training:
 
     # ----- checkpoints
 
-    def only_memory(self, models, weights, folder):
-        """In phase 1 the backbone is that of the model to begin with: no need to write gigabytes of it every time."""
+    def only_trained(self, models, weights, folder):
+        """What does not learn is that of the model to begin with: no need to write gigabytes of it every time."""
         for dense in weights if not self.model.model.embed_tokens.weight.requires_grad else ():
-            for name in [name for name in dense if "engram" not in name]:
+            for name in [name for name in dense if of_phi(name)]:
                 del dense[name]
 
     def write(self, folder):
@@ -186,8 +190,10 @@ class Training:
     def begin(self, phase: int):
         """What learns in this phase, and its optimiser with no state yet."""
         recipe = self.recipe
+        if phase == 2 and recipe.lora:
+            self.lora = add_lora(self.model, recipe.lora)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(phase == 2 or "engram" in name)
+            parameter.requires_grad_(learns(name, phase, recipe.lora))
         self.tables.restart()
         self.optimizer = make_optimizer(
             self.model, recipe.backbone_rate, recipe.memory_rates[phase - 1], recipe.table_rates[phase - 1],
@@ -246,14 +252,16 @@ class Training:
             self.accelerator, self.running, self.optimizer, self.corpus, recipe, steps=steps, label=f"Fase {phase}",
             first=first, offset=self.steps_before(phase), on_step=on_step, share=self.share,
         )  # fmt: skip
-        what, speed = "solo la memoria" if phase == 1 else "todo el modelo", recipe.tokens_per_step * steps / seconds
+        frozen, speed = phase == 1 or recipe.lora > 0, recipe.tokens_per_step * steps / seconds
         done, at_end = self.steps_before(phase) + steps, phase == 2 or not recipe.steps[1]
         with stop.nothing_to_save(at_end):  # the last step is in a checkpoint
-            self.measure(f"tras la fase {phase} ({what})", done, tokens_per_second=speed, seconds=seconds)
-            if phase == 1:
+            name = f"tras la fase {phase} ({what_learns(phase, recipe.lora)})"
+            self.measure(name, done, tokens_per_second=speed, seconds=seconds)
+            if frozen:
                 if fingerprint(self.model) != self.state["backbone"]:
-                    raise RuntimeError("phase 1 changed the backbone")
-                self.accelerator.print("✅ Phi no ha cambiado ni un bit: en la fase 1 solo ha aprendido la memoria.")
+                    raise RuntimeError(f"phase {phase} changed the backbone")
+                what = "solo ha aprendido la memoria" if phase == 1 else "han aprendido la memoria y el adaptador LoRA"
+                self.accelerator.print(f"✅ Phi no ha cambiado ni un bit: en la fase {phase} {what}.")
             if at_end:
                 self.measure_memory()
         self.tell_exchange(max(1, steps - first))
@@ -300,7 +308,8 @@ def train_model(
     Returns:
         {"results": [{"name", "loss", "perplexity", "bits_per_byte", "tokens_per_second", "seconds"}, ...],
         "history": [{"phase", "step", "loss", "memory": {layer: [‖Y‖/‖h‖, mean gate]}}, ...], "memory": {"on", "off",
-        "shuffled"}, held-out losses at the end, "control"}; results are measured before phase 1 and after each phase.
+        "shuffled"}, held-out losses at the end, "control", "lora": its PeftModel, merged by now, or None}; results are
+        measured before phase 1 and after each phase.
     Raises:
         UserError: nothing to resume, a checkpoint of another corpus, recipe or shape, or one in the way.
         KeyboardInterrupt: on Ctrl-C or kill, after saving a checkpoint.
@@ -329,7 +338,7 @@ def train_model(
         gather(model, accelerator.is_main_process)
     outcome = dict(
         results=state["results"], history=state["history"], memory=state["memory"], recipe=recipe, corpus=corpus,
-        control=control,
+        control=control, lora=training.lora,
     )  # fmt: skip
     for open_tracker in accelerator.trackers:
         open_tracker.finish()

@@ -90,3 +90,10 @@ def corpus_cache(tmp_path, monkeypatch):
 def code(tmp_path):
     """A folder of 60 small Python files, all different."""
     return helpers.write_code(tmp_path / "codigo")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names of what was skipped, for a run with the optional packages: `.ci/run` asks for them."""
+    if path := os.environ.get("SKIPPED_TO"):
+        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        Path(path).write_text("\n".join(skipped), encoding="utf-8")

@@ -375,7 +375,7 @@ def test_a_training_brought_from_a_second_place_goes_on_at_the_rates_that_it_beg
     drive.mkdir()
 
     def begun_before(*options):
-        train.phi_1_recipe = lambda factor, then: scaled(EARLIER_RECIPES[0], factor)
+        train.phi_1_recipe = lambda factor, then, lora: scaled(EARLIER_RECIPES[0], factor)
         kills.train_here(*options, kill=("un paso", 15, 0))
 
     assert run(place, "--copia", str(drive), action=begun_before)[0] == -signal.SIGKILL

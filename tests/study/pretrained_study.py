@@ -66,6 +66,8 @@ def study_rows(done: dict) -> dict[str, dict]:
         then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=dict(dense=rate, rows=10 * rate))
         rows[name] = dict(rows["largo-receta"], then=then)
         rows[f"{name}-networkx"] = dict(rows[name], domain="networkx")
+    rows["fases-lora"] = dict(rows["largo-receta"], then=dict(lora=dict(rank=8, rate=3e-3), memory=first))
+    rows["fases-lora-networkx"] = dict(rows["fases-lora"], domain="networkx")
     rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
     rows["largo-todo-adafactor"] = dict(rows["largo-todo"], optimizer="adafactor")
     rows["largo-todo-networkx"] = dict(rows["largo-todo"], domain="networkx")
@@ -232,9 +234,12 @@ def trained_row(
         first = steps // 10 if then else 0
         if then:
             learned(ids, first)
-            for parameter in model.model.parameters():
-                parameter.requires_grad_(True)
-            learned = partial(learned, backbone=then["everything"], memory=then["memory"], offset=first)
+            if "lora" in then:
+                methods.add_lora(model, then["lora"]["rank"])
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora" not in then or "lora_" in name or "engram" in name)
+            backbone = then["lora"]["rate"] if "lora" in then else then["everything"]
+            learned = partial(learned, backbone=backbone, memory=then["memory"], offset=first)
         row["train_loss"] = learned(ids, steps - first)
     if steps and engram:
         touched = {layer: table.weight.any(-1) for layer, table in engram.tables.items()}

@@ -1,0 +1,228 @@
+"""Training with LoRA in the place of Phi's weights: what learns, what is kept, and the small folder that is shared."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engram.corpus as corpora
+import engram.training as training
+import helpers
+import train_phi_engram as train
+from engram.adapters import ADAPTER_FILES, MATRICES, add_lora, learns, of_phi
+from engram.checkpoints import STATE
+from engram.console import UserError
+from engram.counting import Choice, LiveStorage, Machine, account, shapes, traced
+from engram.memories import load_memory
+from engram.opening import change_memory, open_model
+from engram.plan import search
+from engram.sharing import phi_was_trained
+from engram.steps import LORA_RECIPE, PHI_1_RECIPE, phi_1_recipe, recompute_activations
+from hub import Hub
+from phi1_engram import PhiEngramForCausalLM
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+ROOT = Path(train.__file__).parent
+RECIPE = replace(LORA_RECIPE, batch=2, length=32, accumulate=2, steps=(2, 4))
+pytestmark = pytest.mark.usefixtures("corpus_cache")
+
+
+def test_without_peft_the_user_learns_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--lora necesita un paquete más. Instálalo con: pip install peft"):
+        train.parse(["--lora"])
+
+
+@pytest.mark.parametrize(("words", "reason"), [("--pasos-fase2 0", "de la fase 2"), ("--repartir-modelo", "ocupa")])
+def test_what_does_not_go_with_lora(words, reason):
+    with pytest.raises(UserError, match=reason):
+        train.parse(["--lora", *words.split()])
+
+
+def test_the_recipe_is_the_measured_one():
+    assert phi_1_recipe(1) == PHI_1_RECIPE and not PHI_1_RECIPE.lora
+    recipe = phi_1_recipe(0.5, lora=True)
+    assert (recipe.lora, recipe.backbone_rate, recipe.weight_decay) == (8, 1.5e-3, 0.0)
+    assert recipe.memory_rates == phi_1_recipe(0.5).memory_rates
+
+
+@pytest.fixture(scope="module")
+def grafted(phi_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grafted") / "phi1-engram"
+    helpers.save_grafted(phi_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(grafted, tmp_path_factory):
+    """The result of a training that nothing interrupts, on 60 files."""
+    place = tmp_path_factory.mktemp("lora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        _, tokenizer = open_model(str(grafted), torch.float32)
+        corpus = corpora.prepare_corpus(tokenizer, helpers.write_code(place / "codigo"), length=32)
+        run(grafted, corpus, place / "entrenado")
+    return place / "entrenado", corpus
+
+
+def run(folder, corpus, output, recipe=RECIPE, resume=False, **kw):
+    model, tokenizer = open_model(str(folder), torch.float32)
+    return model, training.train_model(model, tokenizer, corpus, recipe, output, resume=resume, **kw)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=helpers.random_ids(model, 2, 40)).logits
+
+
+def interrupt(monkeypatch, at):
+    real = training.run_steps
+
+    def interrupted(*args, label, on_step, **kwargs):
+        def then_signal(step, loss, spent):
+            if (label, step) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            on_step(step, loss, spent)
+
+        return real(*args, label=label, on_step=then_signal, **kwargs)
+
+    monkeypatch.setattr(training, "run_steps", interrupted)
+
+
+def test_only_the_matrices_of_phi_change_and_nothing_of_the_adapter_is_left(grafted, trained):
+    (before, _), (after, _) = (open_model(str(folder), torch.float32) for folder in (grafted, trained[0]))
+    changed = {n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
+    of_memory = {name for name in changed if not of_phi(name)}
+    assert of_memory and all(name.endswith(tuple(f"{m}.weight" for m in MATRICES)) for name in changed - of_memory)
+    assert len(changed - of_memory) == len(MATRICES) * after.config.num_hidden_layers
+    assert phi_was_trained(after) and not phi_was_trained(before)
+    log = [json.loads(line) for line in (trained[0] / "entrenamiento.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = [row["name"] for row in log if "name" in row]
+    assert names[1:] == ["tras la fase 1 (solo la memoria)", "tras la fase 2 (la memoria y LoRA)"]
+    card = (trained[0] / "README.md").read_text(encoding="utf-8")
+    assert "0,003 (un adaptador LoRA de rango 8, fundido después en Phi)" in card and "entrenado/lora" in card
+
+
+def test_the_small_folder_on_the_same_phi_is_the_trained_model(grafted, trained, tmp_path):
+    small = trained[0] / "lora"
+    assert {file.name for file in small.iterdir()} == {"README.md", "engram_memory.safetensors", *ADAPTER_FILES}
+    config = json.loads((small / ADAPTER_FILES[1]).read_text(encoding="utf-8"))
+    whole, _ = open_model(str(trained[0]), torch.float32)
+    assert config["base_model_name_or_path"] == whole.config.tokenizer_name_or_path  # not where it lies here
+    model, _ = open_model(str(grafted), torch.float32, memory=str(small))
+    assert torch.equal(logits(model), logits(whole)) and not model.training
+    assert model.config.engram_backbone == whole.config.engram_backbone and phi_was_trained(model)
+    model.save_pretrained(tmp_path / "junto")  # nothing of peft is left on it
+    assert torch.equal(logits(PhiEngramForCausalLM.from_pretrained(tmp_path / "junto")), logits(whole))
+    # Unmerged, as peft opens it: the same but for the order of sums, float32.
+    plain, _ = open_model(str(grafted), torch.float32)
+    load_memory(plain, small)
+    lora = peft.PeftModel.from_pretrained(plain, small).eval()
+    torch.testing.assert_close(logits(lora), logits(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_the_small_folder_opens_from_the_hub_too(grafted, trained, tmp_path):
+    with Hub() as hub:
+        hub.add("usuario/mi-lora", trained[0] / "lora")
+        command = [sys.executable, str(ROOT / "load_phi_engram.py"), "--modelo", str(grafted)]
+        command += ["--dtype", "float32", "--cambiar-memoria", "usuario/mi-lora", "--salida", "mi-phi"]
+        done = subprocess.run(command, cwd=tmp_path, env=hub.environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, _ = open_model(str(trained[0]), torch.float32)
+    assert torch.equal(logits(open_model(str(tmp_path / "mi-phi"), torch.float32)[0]), logits(whole))
+
+
+def test_a_memory_without_its_adapter_or_on_another_phi_is_refused(grafted, trained, tmp_path, monkeypatch):
+    model, _ = open_model(str(grafted), torch.float32)
+    before = logits(model)
+    alone = tmp_path / "sola"
+    alone.mkdir()
+    (alone / "engram_memory.safetensors").write_bytes((trained[0] / "lora" / "engram_memory.safetensors").read_bytes())
+    with pytest.raises(UserError, match=f"falta {ADAPTER_FILES[0]}: copia a su lado"):
+        change_memory(model, alone)
+    trained_model, _ = open_model(str(trained[0]), torch.float32)
+    with pytest.raises(UserError, match="se entrenó sobre otro Phi"):  # merged twice would be another Phi
+        change_memory(trained_model, trained[0] / "lora")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="se entrenó con LoRA y necesita .*pip install"):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        change_memory(model, trained[0] / "lora")
+    model.is_quantized = True
+    with pytest.raises(UserError, match="no se pone en un Phi cuantizado"):
+        change_memory(model, trained[0] / "lora")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("stop_at", [("Fase 1", 1), ("Fase 2", 3)])
+def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
+    grafted, trained, tmp_path, monkeypatch, stop_at
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, stop_at)
+        run(grafted, trained[1], tmp_path / "partido")
+    resumed, _ = run(grafted, trained[1], tmp_path / "partido", resume=True)
+    whole, _ = open_model(str(trained[0]), torch.float32)
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    for file in (ADAPTER_FILES[0], "engram_memory.safetensors"):
+        one, other = (load_file(place / "lora" / file) for place in (trained[0], tmp_path / "partido"))
+        assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_checkpoint_holds_nothing_of_phi_and_goes_on_only_as_it_began(grafted, trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, ("Fase 2", 2))
+        run(grafted, trained[1], tmp_path / "a")
+    (checkpoint,) = (tmp_path / "a-checkpoints").iterdir()
+    kept = load_file(checkpoint / "model.safetensors")
+    assert not any(map(of_phi, kept)) and any("lora_A" in name for name in kept)
+    with pytest.raises(UserError, match="rango de --lora 8 entonces, 0 ahora"):
+        run(grafted, trained[1], tmp_path / "a", replace(RECIPE, lora=0), resume=True)
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    del state["identity"]["lora"]  # as an earlier version left it
+    (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(UserError, match="rango de --lora 0 entonces, 8 ahora"):
+        run(grafted, trained[1], tmp_path / "a", resume=True)
+    state["identity"]["lora"] = 8
+    (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
+    model, tokenizer = open_model(str(grafted), torch.float32)
+    with torch.no_grad():
+        model.model.final_layernorm.bias[0] += 1e-3
+    with pytest.raises(UserError, match="los pesos de Phi no son los de"):
+        training.train_model(model, tokenizer, trained[1], RECIPE, tmp_path / "a", resume=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_plan_counts_what_lora_takes(make_config, recompute):
+    config = make_config(engram_tokenizer_compression=False)
+    model = PhiEngramForCausalLM(config).train()
+    add_lora(model, 8)
+    dense, _ = shapes(config, 8)
+    there = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert dict(dense) == {name: shape for name, shape in there.items() if "engram_tables" not in name}
+    live = LiveStorage(config.vocab_size, {})
+    if recompute:
+        recompute_activations(model)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        live.count(tensor, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns(name, 2, 8) and "engram_tables" not in name)
+    ids = helpers.random_ids(model, 1, 64)
+    with live:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    planned = traced(config, 64, 2, recompute, lora=8)
+    assert sum(planned.values()) == pytest.approx(live.peak, rel=0.1)  # rows have gradients in the plan alone
+    here = Machine("prueba", 0, 1, 1e12, 1e12, None, 1e12, 0, 0)
+    with_lora, without = (
+        account(config, Choice(batch=2, length=16, accumulate=2, lora=lora), here, 2) for lora in (8, 0)
+    )
+    trained = [math.prod(shape) for name, shape in dense if learns(name, 2, 8)]
+    assert with_lora["RAM"]["gradientes"] == 4 * sum(trained)
+    assert with_lora["disco"]["punto de control"] < without["disco"]["punto de control"]
+    assert search(config, Choice(lora=8), here).lora == 8
