@@ -6,7 +6,6 @@ Phi's matrices stay as they are and each gets a change of low rank, B·A·alpha/
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
-import importlib.util
 import warnings
 from pathlib import Path
 
@@ -25,11 +24,11 @@ ADAPTER_FILES = "adapter_model.safetensors", "adapter_config.json"  # peft's own
 
 
 def import_peft(why: str):
-    """The package; a UserError where it is not installed. `why`: what needs it, in Spanish."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{why} necesita un paquete más. Instálalo con: pip install peft")
-    import peft
-
+    """The package; a UserError where it is not installed, or too old. `why`: what needs it, in Spanish."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"{why} necesita el paquete peft ({error}). Instálalo con: pip install -U peft") from None
     return peft
 
 
@@ -47,7 +46,8 @@ def add_lora(model, rank: int):
     """Put adapters that change nothing yet around the matrices of Phi, in place; returns peft's PeftModel around it."""
     peft = import_peft("--lora")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MATRICES, task_type="CAUSAL_LM")
-    with warnings.catch_warnings(action="ignore"):  # peft asks transformers for an attribute by its older name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers for an attribute by its older name
         return peft.get_peft_model(model, config)
 
 
@@ -101,5 +101,6 @@ def adapter_beside(model, name, **hub) -> Path | None:
 def put_in(model, folder: Path):
     """Merge the adapter of a folder into Phi's matrices, in place."""
     peft = import_peft("Un adaptador LoRA")
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         merge(peft.PeftModel.from_pretrained(model, folder)).eval()

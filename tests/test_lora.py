@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import engram.corpus as corpora
 import engram.training as training
 import helpers
+import load_phi_engram as load
 import train_phi_engram as train
 from engram.adapters import ADAPTER_FILES, MATRICES, add_lora, learns, of_phi
 from engram.checkpoints import STATE
@@ -23,7 +24,7 @@ from engram.console import UserError
 from engram.counting import Choice, LiveStorage, Machine, account, shapes, traced
 from engram.memories import load_memory
 from engram.opening import change_memory, open_model
-from engram.plan import search
+from engram.plan import flops_per_token, search
 from engram.sharing import phi_was_trained
 from engram.steps import LORA_RECIPE, PHI_1_RECIPE, phi_1_recipe, recompute_activations
 from hub import Hub
@@ -31,13 +32,14 @@ from phi1_engram import PhiEngramForCausalLM
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 ROOT = Path(train.__file__).parent
+HERE = Machine("prueba", gpu=0, cards=1, ram=1e12, disk=1e12, half=None, flops=1e12, base_gpu=0, base_ram=0)
 RECIPE = replace(LORA_RECIPE, batch=2, length=32, accumulate=2, steps=(2, 4))
 pytestmark = pytest.mark.usefixtures("corpus_cache")
 
 
 def test_without_peft_the_user_learns_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--lora necesita un paquete más. Instálalo con: pip install peft"):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"--lora necesita el paquete peft \(.*Instálalo con: pip install -U peft"):
         train.parse(["--lora"])
 
 
@@ -114,8 +116,11 @@ def test_only_the_matrices_of_phi_change_and_nothing_of_the_adapter_is_left(graf
 def test_the_small_folder_on_the_same_phi_is_the_trained_model(grafted, trained, tmp_path):
     small = trained[0] / "lora"
     assert {file.name for file in small.iterdir()} == {"README.md", "engram_memory.safetensors", *ADAPTER_FILES}
+    card = (small / "README.md").read_text(encoding="utf-8")
+    assert "Se entrenó con Phi congelado" in card and "el adaptador LoRA que aprendió a su lado" in card
     config = json.loads((small / ADAPTER_FILES[1]).read_text(encoding="utf-8"))
     whole, _ = open_model(str(trained[0]), torch.float32)
+    assert config["lora_alpha"] == 2 * config["r"] == 16  # as our study measured it
     assert config["base_model_name_or_path"] == whole.config.tokenizer_name_or_path  # not where it lies here
     model, _ = open_model(str(grafted), torch.float32, memory=str(small))
     assert torch.equal(logits(model), logits(whole)) and not model.training
@@ -127,6 +132,11 @@ def test_the_small_folder_on_the_same_phi_is_the_trained_model(grafted, trained,
     load_memory(plain, small)
     lora = peft.PeftModel.from_pretrained(plain, small).eval()
     torch.testing.assert_close(logits(lora), logits(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_who_asks_for_the_memory_alone_is_sent_to_the_small_folder(trained, tmp_path, capsys):
+    load.main(["--modelo", str(trained[0]), "--solo-memoria", "--salida", str(tmp_path / "memoria")])
+    assert f"la memoria con su adaptador LoRA, está en {trained[0] / 'lora'}/" in capsys.readouterr().out
 
 
 def test_the_small_folder_opens_from_the_hub_too(grafted, trained, tmp_path):
@@ -152,7 +162,7 @@ def test_a_memory_without_its_adapter_or_on_another_phi_is_refused(grafted, trai
     with pytest.raises(UserError, match="se entrenó sobre otro Phi"):  # merged twice would be another Phi
         change_memory(trained_model, trained[0] / "lora")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="se entrenó con LoRA y necesita .*pip install"):
-        patch.setattr("importlib.util.find_spec", lambda name: None)
+        patch.setitem(sys.modules, "peft", None)
         change_memory(model, trained[0] / "lora")
     model.is_quantized = True
     with pytest.raises(UserError, match="no se pone en un Phi cuantizado"):
@@ -182,6 +192,10 @@ def test_a_checkpoint_holds_nothing_of_phi_and_goes_on_only_as_it_began(grafted,
     (checkpoint,) = (tmp_path / "a-checkpoints").iterdir()
     kept = load_file(checkpoint / "model.safetensors")
     assert not any(map(of_phi, kept)) and any("lora_A" in name for name in kept)
+    config = open_model(str(grafted))[0].config
+    planned = account(config, Choice(batch=2, length=32, accumulate=2, lora=8), HERE, 2)["disco"]["punto de control"]
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*.*"))
+    assert planned < size < planned + 150_000 + config.vocab_size * 8  # headers, random states, projection
     with pytest.raises(UserError, match="rango de --lora 8 entonces, 0 ahora"):
         run(grafted, trained[1], tmp_path / "a", replace(RECIPE, lora=0), resume=True)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -218,11 +232,12 @@ def test_the_plan_counts_what_lora_takes(make_config, recompute):
         model(ids, labels=ids, use_cache=False).loss.backward()
     planned = traced(config, 64, 2, recompute, lora=8)
     assert sum(planned.values()) == pytest.approx(live.peak, rel=0.1)  # rows have gradients in the plan alone
-    here = Machine("prueba", 0, 1, 1e12, 1e12, None, 1e12, 0, 0)
-    with_lora, without = (
-        account(config, Choice(batch=2, length=16, accumulate=2, lora=lora), here, 2) for lora in (8, 0)
-    )
+    counted = account(config, Choice(batch=2, length=16, accumulate=2, lora=8), HERE, 2)
     trained = [math.prod(shape) for name, shape in dense if learns(name, 2, 8)]
-    assert with_lora["RAM"]["gradientes"] == 4 * sum(trained)
-    assert with_lora["disco"]["punto de control"] < without["disco"]["punto de control"]
-    assert search(config, Choice(lora=8), here).lora == 8
+    assert counted["RAM"]["gradientes"] == 4 * sum(trained)
+    # Forward and the gradients of inputs, 4 operations for each weight that multiplies; of weights, for those trained.
+    seen = {name: math.prod(shape) for name, shape in dense if len(shape) == 2 and "embed_tokens" not in name}
+    mine = sum(size for name, size in seen.items() if not of_phi(name))
+    attention = 6 * 16 * config.hidden_size * config.num_hidden_layers
+    assert flops_per_token(config, Choice(length=16, lora=8), 2) == 4 * sum(seen.values()) + 2 * mine + attention
+    assert search(config, Choice(lora=8), HERE).lora == 8
