@@ -82,7 +82,11 @@ def main(argv=None):
             print(report(model))
             print("✅ Injerto exacto: con la memoria sin entrenar responde igual que Phi, bit a bit.")
         if args.cambiar_memoria:
-            change_memory(model, args.cambiar_memoria)
+            if change_memory(model, args.cambiar_memoria) and args.solo_memoria:
+                raise UserError(
+                    f"«{args.cambiar_memoria}» ya es una memoria sola, con el adaptador LoRA sin el que no sirve: "
+                    "comparte esa carpeta tal cual."
+                )
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
         bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
         title = Path(args.salida).resolve().name
@@ -99,7 +103,7 @@ def main(argv=None):
                     f"⚠️  {args.modelo} hizo la fase 2, que cambió su Phi: esta memoria solo sirve con ese Phi, no con "
                     "el original.\n"
                     + (
-                        f"   Lo que sirve con el original, la memoria con su adaptador LoRA, está en {small}/"
+                        f"   La que sirve con el Phi de antes de esa fase, con su adaptador LoRA, está en {small}/"
                         if small.is_dir()
                         else "   Para compartir solo la memoria, entrénala con --pasos-fase2 0."
                     )

@@ -6,7 +6,9 @@ Phi's matrices stay as they are and each gets a change of low rank, B·A·alpha/
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
+import hashlib
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
-from engram.console import UserError
+from engram.console import UserError, out_of_memory
 from engram.memories import BESIDE_ADAPTER, MEMORY_FILE, save_memory
 
 RANK = 8  # of every adapter, alpha twice that: as our study measured it (DOCUMENTACION_TECNICA.md, 6.1)
 MATRICES = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 SMALL = "lora"  # the folder of a trained model that holds what learned, without Phi
+MERGED = "merged"  # in the metadata of its memory: the digest of Phi with the adapter merged
 ADAPTER_FILES = "adapter_model.safetensors", "adapter_config.json"  # peft's own names
 
 
@@ -51,21 +54,27 @@ def add_lora(model, rank: int):
         return peft.get_peft_model(model, config)
 
 
-def save_small(lora, folder):
-    """The adapters and the memory that learned beside them, without Phi: what `put_in` and peft open on the same Phi.
+def save_small(lora, folder, base: str):
+    """Merge the adapters into Phi's matrices, in place, and save what learned without Phi: adapters and memory, what
+    `put_in` and peft open on the same Phi.
 
     Args:
-        lora: what `add_lora` gave.
+        lora: what `add_lora` gave; no adapter is left on the model.
+        base: the Hub's name, or another, of the model from which the training began.
     """
-    peft = import_peft("--lora")
-    save_memory(lora, folder)
+    peft, model, path = import_peft("--lora"), lora.get_base_model(), Path(folder, ADAPTER_FILES[0])
+    told = model.fingerprints()
     state = peft.get_peft_model_state_dict(lora, save_embedding_layers=False)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, Path(folder, ADAPTER_FILES[0]), {"format": "pt"})
+    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path, {"format": "pt"})
     config = lora.peft_config["default"]
-    config.inference_mode = True
-    config.base_model_name_or_path = lora.config.tokenizer_name_or_path  # peft says where it lies on this machine
+    config.inference_mode, config.base_model_name_or_path = True, base  # peft says where it lies on this machine
     config.save_pretrained(folder)
+    merge(lora)
+    save_memory(model, folder, {**told, BESIDE_ADAPTER: digest(path), MERGED: model.fingerprints()["backbone"]})
+
+
+def digest(path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def merge(lora):
@@ -74,33 +83,72 @@ def merge(lora):
         return lora.merge_and_unload()
 
 
+def memory_says(name, **hub) -> dict[str, str]:
+    """What a memory's file, in a folder or on the Hub, says of itself."""
+    with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def read_by_peft(name):
+    """Whatever peft finds wrong with an adapter, as a UserError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            yield import_peft(f"«{name}» se entrenó con LoRA y")
+    except UserError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"El adaptador LoRA de «{name}» no se puede poner: está dañado, es de otro modelo o pide un peft más nuevo "
+            f"({reason}). Vuelve a copiar la carpeta entera, y prueba con: pip install -U peft"
+        ) from error
+
+
 def adapter_beside(model, name, **hub) -> Path | None:
     """The folder of the adapter beside which a memory, in a folder or on the Hub, was trained; None: on Phi alone.
 
     Raises:
-        UserError: it is not there, peft is not, or `model` is quantised: a sum of rounded weights is another Phi's.
+        UserError: it is not there, or another's, or peft is not there, or `model` is quantised: a sum of rounded
+            weights is another Phi's.
     """
-    with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
-        if not file.metadata().get(BESIDE_ADAPTER):
-            return None
+    signed = memory_says(name, **hub).get(BESIDE_ADAPTER)
+    if not signed:
+        return None
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"La memoria de «{name}» trae un adaptador LoRA, que no se pone en un Phi cuantizado. Pónselo antes, y "
             f"cuantiza lo guardado: python load_phi_engram.py --modelo MODELO --cambiar-memoria {name} --salida mi-phi"
         )
-    import_peft(f"«{name}» se entrenó con LoRA y")
     files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in ADAPTER_FILES]
     if None in files:
         raise UserError(
             f"La memoria de «{name}» se entrenó junto a un adaptador LoRA, que es parte de lo aprendido, y ahí falta "
-            f"{ADAPTER_FILES[files.index(None)]}: copia a su lado {' y '.join(ADAPTER_FILES)}."
+            f"{ADAPTER_FILES[files.index(None)]}: copia la carpeta entera."
         )
-    return Path(files[0]).parent
+    if signed not in ("peft", digest(files[0])):
+        raise UserError(
+            f"El {ADAPTER_FILES[0]} de «{name}» no es el que se entrenó con esa memoria, o está a medias: copia la "
+            "carpeta entera."
+        )
+    folder = Path(files[0]).parent
+    with read_by_peft(name) as peft:
+        peft.PeftConfig.from_pretrained(folder)
+    return folder
 
 
 def put_in(model, folder: Path):
-    """Merge the adapter of a folder into Phi's matrices, in place."""
-    peft = import_peft("Un adaptador LoRA")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Merge the adapter of a folder into Phi's matrices, in place.
+
+    The sum of weights in half precision has not all signs of the sum in float32, of which the folder has the digest.
+    """
+    if model.config.engram_backbone is None:  # of a graft by an earlier version: from here on Phi is another
+        model.config.engram_backbone = model.fingerprints()["backbone"]
+    with read_by_peft(folder) as peft:
         merge(peft.PeftModel.from_pretrained(model, folder)).eval()
+    if model.dtype != torch.float32:  # in which a training would leave it stale
+        model.was_phi = memory_says(folder).get(MERGED)

@@ -60,17 +60,19 @@ que ya trajera. Una memoria recién puesta está vacía, y con ella el modelo re
     write(folder, front("[engram, phi, code, custom_code]", original(model)) + text)
 
 
-def write_memory_card(model, folder, name: str, origin: str, alone: bool, lora=False):
-    """For a memory without its Phi. `alone`: Phi has not been trained with it, so that the original is its Phi; `lora`:
-    an adapter has, and lies beside it."""
+def write_memory_card(model, folder, name: str, origin: str, alone: bool, start: str | None = None):
+    """For a memory without its Phi, of the model `origin`. `alone`: Phi has not been trained with it, so that the
+    original is its Phi. `start`: with an adapter that lies beside it, what `origin` was trained from."""
     phi = f"`{model.config.tokenizer_name_or_path}`"
-    whose = "el Phi del que partió ese entrenamiento" if lora else f"el Phi de `{origin}`"
+    how = "sobre un Phi que ya había cambiado" if start else "junto con su Phi, que cambió"
     who = (
         f"Se entrenó con Phi congelado: sirve a quien tenga {phi} injertado con la misma forma de memoria."
         if alone
-        else f"⚠️ Se entrenó junto con su Phi, que cambió: **solo sirve con {whose}**, no con {phi}."
+        else f"⚠️ Se entrenó {how}: **solo sirve con el Phi de `{start or origin}`**, no con {phi}."
     )
-    beside = "Con ella va el adaptador LoRA que aprendió a su lado (`pip install peft`): se ponen los dos.\n" * lora
+    beside = ""
+    if start:
+        beside = "Con ella va el adaptador LoRA que aprendió a su lado (`pip install -U peft`): se ponen los dos.\n"
     text = f"""# {name}
 
 Una memoria Engram, sin Phi: las filas entrenadas de `{origin}`, en `engram_memory.safetensors`. Sola no responde.

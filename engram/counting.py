@@ -273,16 +273,21 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
     own = weights if phase == 2 and not lora else gradients  # a checkpoint leaves out a backbone that is frozen
     disk = own + states + rows + row_states
     start = weights + rows
-    final = start + (gradients + rows if choice.lora else 0)  # what has learned once more, without Phi
+    # What has learned once more, without Phi, its rows with their indices.
+    small = rows + 8 * sum(n for n, _ in tables.values()) if choice.lora else 0
+    final = start + small + (gradients if choice.lora else 0)
     files = {"modelo de partida": 0 if machine.measured or machine.scratch else start, "punto de control": disk}
     beside = max(disk * choice.keep, disk * (choice.keep - 1) + final)  # older checkpoints, and at the end the result
     files |= {"lo que se guarda a su lado": max(0, beside - (choice.resume or 0))}
     written = max(own, rows + row_states)  # in one file at a time
     if not machine.gpu:
         ram = {**computing, **stored}
-        if SAVING_COPIES:  # when the gradients and what the step kept are gone
-            kept = lasting["pesos"] + lasting["estado del optimizador"]
-            ram["copia al guardar"] = max(0, kept + written - sum(computing.values()))
+        # When the gradients and what the step kept are gone; at the very end, the optimiser's states too.
+        copy = lasting["pesos"] + small - row_states / part
+        if SAVING_COPIES:
+            copy = max(copy, lasting["pesos"] + lasting["estado del optimizador"] + written)
+        if SAVING_COPIES or choice.lora:
+            ram["copia al guardar"] = max(0, copy - sum(computing.values()))
         return {"RAM": {"Python y bibliotecas": machine.base_ram / machine.cards, **ram}, "disco": files}
     gpu = {"CUDA y bibliotecas": machine.base_gpu, **computing}
     ram = {"sistema y bibliotecas": machine.base_ram}
@@ -294,6 +299,7 @@ def account(config, choice: Choice, machine: Machine, phase: int, step=traced) -
         opening -= machine.cards * sum(stored.values())
     if choice.place != "ram" or SAVING_COPIES:
         copied = written
+    copied = max(copied, small)
     if choice.place != "ram":
         gpu |= stored
     ram["lo que pasa al abrir y al guardar"] = max(opening, copied)

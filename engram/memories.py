@@ -22,7 +22,7 @@ from engram.rows import untouched_zeros
 from phi1_engram import EngramTable, as_any_new_file, differing, unpack
 
 MEMORY_FILE = "engram_memory.safetensors"
-BESIDE_ADAPTER = "adapter"  # in its metadata: it learned beside one, without which it is not what was trained
+BESIDE_ADAPTER = "adapter"  # in its metadata: it learned beside one, whose digest this is; of others' just "peft"
 
 
 def without_peft(model):
@@ -74,29 +74,39 @@ def replace_rows(table: EngramTable, weight: torch.Tensor, place: str):
     table.settle("ram" if place == "disco" else place)
 
 
-def save_memory(model, folder):
+def trained_rows(table: EngramTable) -> dict[str, torch.Tensor]:
+    """The rows that are not zero, as stored, and their indices: never more than these in memory, a chunk at a time."""
+    trained = [unpack(chunk).any(-1).nonzero()[:, 0] for chunk in table.chunks(table.dtype)]
+    rows, ids, first, done = None, torch.empty(sum(map(len, trained)), dtype=torch.long), 0, 0
+    for chunk, own in zip(table.chunks(table.dtype), trained):
+        rows = chunk.new_empty(len(ids), chunk.shape[1]) if rows is None else rows
+        ids[done : done + len(own)] = own + first
+        rows[done : done + len(own)] = chunk[own]
+        first, done = first + len(chunk), done + len(own)
+    return {"row_ids": ids, "rows": rows}
+
+
+def save_memory(model, folder, told=None):
     """Save the memory and nothing of Phi, as MEMORY_FILE in `folder`. Its size follows the rows trained.
 
+    Args:
+        told: what the file is to say of the model, where that has changed meanwhile (`adapters.save_small`).
     Raises:
         ValueError: an adapter of peft changes the memory's own matrices.
     """
     model = without_peft(model)
     tensors = dense_weights(model)
     for layer_id, table in model.model.engram_tables.items():
-        first, ids, rows = 0, [], []
-        for chunk in table.chunks(table.dtype):
-            trained = unpack(chunk).any(-1).nonzero()[:, 0]
-            ids.append(trained + first)
-            rows.append(chunk[trained])
-            first += len(chunk)
-        tensors |= {f"{layer_id}.row_ids": torch.cat(ids), f"{layer_id}.rows": torch.cat(rows)}
+        tensors |= {f"{layer_id}.{name}": tensor for name, tensor in trained_rows(table).items()}
+    if told is None:
+        beside = {BESIDE_ADAPTER: "peft"} if any(".base_layer." in name for name in model.state_dict()) else {}
+        told = {**model.fingerprints(), **beside}
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder, MEMORY_FILE)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        beside = {BESIDE_ADAPTER: "peft"} if any(".base_layer." in name for name in model.state_dict()) else {}
-        save_file(tensors, temporary, {"format": "pt", **model.fingerprints(), **beside})
+        save_file(tensors, temporary, {"format": "pt", **told})
         as_any_new_file(temporary)
         os.replace(temporary, path)
     finally:

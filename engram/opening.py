@@ -234,9 +234,9 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
     return model, tokenizer
 
 
-def change_memory(model, name):
+def change_memory(model, name) -> bool:
     """Put the memory of the folder or Hub name `name`, and LoRA's change of Phi if it learned beside one, in place of
-    the model's own."""
+    the model's own. Returns whether it did."""
     name = find_model(name, MEMORY_FILE, "una memoria", "tu-usuario/mi-memoria")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
         raise UserError(
@@ -255,6 +255,7 @@ def change_memory(model, name):
             put_in(model, adapter)
     if facts:
         print(FACTS_GONE.format(facts, "se escribieron con la memoria anterior"), file=sys.stderr)
+    return adapter is not None
 
 
 def add_memory_options(parser):

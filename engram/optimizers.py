@@ -7,7 +7,6 @@ import math
 from functools import partial
 
 import torch
-from transformers import Adafactor
 
 from engram.console import UserError
 from engram.processes import average_gradients, beside_parts, in_any_process, whole
@@ -43,7 +42,7 @@ class EngramOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state):
         dense = state["parts"][0]
-        if isinstance(self.dense, Adafactor) and any("row_var" in kept for kept in dense["state"].values()):
+        if type(self.dense).__name__ == "Adafactor" and any("row_var" in kept for kept in dense["state"].values()):
             raise UserError(
                 "Este entrenamiento es de una versión anterior, cuyo Adafactor daba pasos cientos de veces menores que "
                 "las tasas, y no se puede seguir: empieza de nuevo, con otra --salida."
@@ -85,6 +84,10 @@ def make_optimizer(
     if kind == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as dense
     elif kind == "adafactor":
+        from transformers import (
+            Adafactor,  # with the Trainer's modules, peft's and bitsandbytes' where they are installed
+        )
+
         dense = partial(Adafactor, scale_parameter=False, relative_step=False)
     else:
         dense = torch.optim.AdamW

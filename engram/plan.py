@@ -190,7 +190,7 @@ def advice(config, choice, machine, given=()) -> str:
         found = search(config, choice, machine)
     if found:
         return f"Sí cabe: {command(found, machine, given)}"
-    reduced = replace(choice, steps=(True, False))
+    reduced, given = replace(choice, steps=(True, False), lora=0), [word for word in given if word != "--lora"]
     if all(choice.steps) and (found := search(config, reduced, machine)):
         return f"Cabe la fase 1 sola: {command(found, machine, given)}"
     rows = most_rows(config, choice, machine)

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from transformers.utils import cached_file
 
-from engram.adapters import SMALL, merge, save_small
+from engram.adapters import SMALL, save_small
 from engram.cards import front, original, toy_warning, values_of, write, write_memory_card
 from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
@@ -164,7 +164,13 @@ Corpus: {corpus}. Lo apartado no se ha usado nunca para entrenar.
 
 SMALL_NOTE = """
 Lo aprendido, sin Phi, está en la carpeta `lora/`: un adaptador LoRA y la memoria. Sobre el Phi de partida, con una
-memoria de la misma forma, responde como este modelo: `--cambiar-memoria {name}/lora` (con `pip install peft`).
+memoria de la misma forma, responde como este modelo:
+
+```bash
+pip install -U peft
+hf download {repo} --include "lora/*" --local-dir bajado
+python chat_phi_engram.py --modelo phi1-engram --cambiar-memoria bajado/lora
+```
 """
 
 
@@ -206,12 +212,13 @@ def trained_card(model, outcome: dict, name: str, repo: str | None) -> str:
     """README.md of a trained model, `name` its folder; where weights of Phi changed, they have by now."""
     recipe, control = outcome["recipe"], outcome["control"]  # the held-out result of a twin without memory, or None
     backbone, memory = values_of(model)
+    repo = repo or f"tu-usuario/{name}"
     words = asdict(recipe) | dict(phases=phases(recipe), weight_decay=short(recipe.weight_decay))
     return CARD.format(
-        front=front("[engram, phi, code, custom_code]", original(model)), name=name, repo=repo or f"tu-usuario/{name}",
+        front=front("[engram, phi, code, custom_code]", original(model)), name=name, repo=repo,
         layers=", ".join(map(str, model.config.engram_layer_ids)), memory=spanish(memory), backbone=spanish(backbone),
         corpus=outcome["corpus"].describe(), toy=toy_warning(model),
-        small=SMALL_NOTE.format(name=name) if recipe.lora else "",
+        small=SMALL_NOTE.format(repo=repo) if recipe.lora else "",
         table=result_table([*outcome["results"], *([control] if control else [])]),
         control=f"{against_control(control, outcome['results'][-1])}\n\n" if control else "",
         content=memory_line(outcome["memory"]).strip(), **words,
@@ -225,9 +232,9 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
     with whole_folder(output) as folder:
         if outcome["lora"]:
             (folder / SMALL).mkdir()
-            save_small(outcome["lora"], folder / SMALL)
-            write_memory_card(model, folder / SMALL, f"{name}/{SMALL}", name, not phi_was_trained(model), lora=True)
-            merge(outcome["lora"])
+            start, alone = Path(model.name_or_path).name, not phi_was_trained(model)
+            save_small(outcome["lora"], folder / SMALL, model.config.tokenizer_name_or_path if alone else start)
+            write_memory_card(model, folder / SMALL, f"{name}/{SMALL}", name, alone, start)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write(folder, trained_card(model, outcome, name, repo))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,20 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import engram.corpus as corpora
 import engram.training as training
 import helpers
 import load_phi_engram as load
 import train_phi_engram as train
-from engram.adapters import ADAPTER_FILES, MATRICES, add_lora, learns, of_phi
+from engram.adapters import ADAPTER_FILES, MATRICES, add_lora, learns, of_phi, save_small
 from engram.checkpoints import STATE
 from engram.console import UserError
 from engram.counting import Choice, LiveStorage, Machine, account, shapes, traced
-from engram.memories import load_memory
+from engram.memories import load_memory, save_memory
 from engram.opening import change_memory, open_model
-from engram.plan import flops_per_token, search
+from engram.plan import advice, flops_per_token, search
 from engram.sharing import phi_was_trained
 from engram.steps import LORA_RECIPE, PHI_1_RECIPE, phi_1_recipe, recompute_activations
 from hub import Hub
@@ -35,6 +36,13 @@ ROOT = Path(train.__file__).parent
 HERE = Machine("prueba", gpu=0, cards=1, ram=1e12, disk=1e12, half=None, flops=1e12, base_gpu=0, base_ram=0)
 RECIPE = replace(LORA_RECIPE, batch=2, length=32, accumulate=2, steps=(2, 4))
 pytestmark = pytest.mark.usefixtures("corpus_cache")
+
+
+def test_an_old_peft_stops_nobody_who_does_not_ask_for_it():
+    """Some do not go with the newest transformers, whose Trainer's modules import it and fail."""
+    code = "import sys; import train_phi_engram; assert not {'peft', 'transformers.trainer_utils'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_peft_the_user_learns_how_to_install_it(monkeypatch):
@@ -110,7 +118,7 @@ def test_only_the_matrices_of_phi_change_and_nothing_of_the_adapter_is_left(graf
     names = [row["name"] for row in log if "name" in row]
     assert names[1:] == ["tras la fase 1 (solo la memoria)", "tras la fase 2 (la memoria y LoRA)"]
     card = (trained[0] / "README.md").read_text(encoding="utf-8")
-    assert "0,003 (un adaptador LoRA de rango 8, fundido después en Phi)" in card and "entrenado/lora" in card
+    assert "0,003 (un adaptador LoRA de rango 8, fundido después en Phi)" in card and "bajado/lora" in card
 
 
 def test_the_small_folder_on_the_same_phi_is_the_trained_model(grafted, trained, tmp_path):
@@ -134,9 +142,14 @@ def test_the_small_folder_on_the_same_phi_is_the_trained_model(grafted, trained,
     torch.testing.assert_close(logits(lora), logits(whole), rtol=1e-4, atol=1e-5)
 
 
-def test_who_asks_for_the_memory_alone_is_sent_to_the_small_folder(trained, tmp_path, capsys):
+def test_who_asks_for_the_memory_alone_is_sent_to_the_small_folder(grafted, trained, tmp_path, capsys):
     load.main(["--modelo", str(trained[0]), "--solo-memoria", "--salida", str(tmp_path / "memoria")])
-    assert f"la memoria con su adaptador LoRA, está en {trained[0] / 'lora'}/" in capsys.readouterr().out
+    assert f"La que sirve con el Phi de antes de esa fase, con su adaptador LoRA, está en {trained[0] / 'lora'}/" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="ya es una memoria sola, con el adaptador LoRA"):
+        words = ["--modelo", str(grafted), "--cambiar-memoria", str(trained[0] / "lora"), "--solo-memoria"]
+        load.main([*words, "--salida", str(tmp_path / "otra")])
 
 
 def test_the_small_folder_opens_from_the_hub_too(grafted, trained, tmp_path):
@@ -156,11 +169,16 @@ def test_a_memory_without_its_adapter_or_on_another_phi_is_refused(grafted, trai
     alone = tmp_path / "sola"
     alone.mkdir()
     (alone / "engram_memory.safetensors").write_bytes((trained[0] / "lora" / "engram_memory.safetensors").read_bytes())
-    with pytest.raises(UserError, match=f"falta {ADAPTER_FILES[0]}: copia a su lado"):
+    with pytest.raises(UserError, match=f"falta {ADAPTER_FILES[0]}: copia la carpeta"):
         change_memory(model, alone)
     trained_model, _ = open_model(str(trained[0]), torch.float32)
     with pytest.raises(UserError, match="se entrenó sobre otro Phi"):  # merged twice would be another Phi
         change_memory(trained_model, trained[0] / "lora")
+    for file, reason in ((ADAPTER_FILES[0], "no es el que se entrenó con"), (ADAPTER_FILES[1], "pip install -U peft")):
+        damaged = shutil.copytree(trained[0] / "lora", tmp_path / f"con otro {file}")
+        (damaged / file).write_bytes((damaged / file).read_bytes()[:-30])
+        with pytest.raises(UserError, match=reason):
+            change_memory(model, damaged)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="se entrenó con LoRA y necesita .*pip install"):
         patch.setitem(sys.modules, "peft", None)
         change_memory(model, trained[0] / "lora")
@@ -183,6 +201,52 @@ def test_interrupted_and_resumed_gives_the_bits_of_the_uninterrupted_run(
     for file in (ADAPTER_FILES[0], "engram_memory.safetensors"):
         one, other = (load_file(place / "lora" / file) for place in (trained[0], tmp_path / "partido"))
         assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_who_trains_with_peft_shares_both_in_one_folder_and_half_an_adapter_is_noticed(grafted, tmp_path):
+    lora = add_lora(open_model(str(grafted), torch.float32)[0], 8).eval()
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if not of_phi(name):
+                parameter.normal_(0, 0.1)
+    lora.save_pretrained(tmp_path / "los dos")
+    save_memory(lora, tmp_path / "los dos")
+    model, _ = open_model(str(grafted), torch.float32, memory=str(tmp_path / "los dos"))
+    torch.testing.assert_close(logits(model), logits(lora), rtol=1e-4, atol=1e-4)  # float32, sums in another order
+    half = tmp_path / "los dos" / ADAPTER_FILES[0]
+    save_file({name: tensor for name, tensor in load_file(half).items() if ".0." in name}, half)
+    with pytest.raises(UserError, match="no se puede poner: está dañado, es de otro modelo"):
+        open_model(str(grafted), torch.float32, memory=str(tmp_path / "los dos"))
+
+
+def test_a_second_adapter_is_of_the_first_result_(grafted, trained, tmp_path):
+    run(trained[0], trained[1], tmp_path / "dos")
+    small = tmp_path / "dos" / "lora"
+    card = (small / "README.md").read_text(encoding="utf-8")
+    assert "sobre un Phi que ya había cambiado: **solo sirve con el Phi de `entrenado`**" in card
+    assert json.loads((small / ADAPTER_FILES[1]).read_text(encoding="utf-8"))["base_model_name_or_path"] == "entrenado"
+    with pytest.raises(UserError, match="no sirve para este modelo"):
+        open_model(str(grafted), torch.float32, memory=str(small))
+
+
+def test_merged_in_another_precision_it_is_the_same_phi(grafted, tmp_path):
+    """A sum that is rounded has other signs: 1.0001 - 1.00005 is positive in float32, and 1 - 1 is not."""
+    model, tokenizer = open_model(str(grafted), torch.float32)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    torch.nn.init.constant_(weight, 1.0001)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    lora = add_lora(model, 8)
+    for name, parameter in lora.named_parameters():
+        if "layers.0.self_attn.q_proj.lora_" in name:
+            torch.nn.init.constant_(parameter, 1.0 if "lora_A" in name else -1.00005 / 16)
+    (tmp_path / "lora").mkdir()
+    save_small(lora, tmp_path / "lora", "base")
+    assert (weight > 0).all()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        opened, _ = open_model(str(tmp_path / "base"), dtype, memory=str(tmp_path / "lora"))
+        assert (opened.model.layers[0].self_attn.q_proj.weight > 0).all() == (dtype == torch.float32)
+        assert opened.fingerprints() == model.fingerprints()
 
 
 def test_a_checkpoint_holds_nothing_of_phi_and_goes_on_only_as_it_began(grafted, trained, tmp_path, monkeypatch):
@@ -213,7 +277,7 @@ def test_a_checkpoint_holds_nothing_of_phi_and_goes_on_only_as_it_began(grafted,
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_plan_counts_what_lora_takes(make_config, recompute):
+def test_the_plan_counts_what_lora_takes(make_config, recompute, monkeypatch):
     config = make_config(engram_tokenizer_compression=False)
     model = PhiEngramForCausalLM(config).train()
     add_lora(model, 8)
@@ -240,4 +304,8 @@ def test_the_plan_counts_what_lora_takes(make_config, recompute):
     mine = sum(size for name, size in seen.items() if not of_phi(name))
     attention = 6 * 16 * config.hidden_size * config.num_hidden_layers
     assert flops_per_token(config, Choice(length=16, lora=8), 2) == 4 * sum(seen.values()) + 2 * mine + attention
+    with monkeypatch.context() as patch:  # where only phase 1 fits, which has no adapter
+        patch.setattr("engram.plan.search", lambda config, choice, machine: None if choice.steps[1] else choice)
+        words = advice(config, Choice(lora=8), HERE, ["--lora", "--semilla 3"])
+    assert "--lora" not in words and words.endswith("--semilla 3 --lote 2 --longitud 512 --acumular 8 --pasos-fase2 0")
     assert search(config, Choice(lora=8), HERE).lora == 8
