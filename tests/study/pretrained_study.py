@@ -67,10 +67,11 @@ def study_rows(done: dict) -> dict[str, dict]:
         rows[name] = dict(rows["largo-receta"], then=then)
         rows[f"{name}-networkx"] = dict(rows[name], domain="networkx")
     rows["fases-lora"] = dict(rows["largo-receta"], then=dict(lora=dict(rank=8, rate=3e-3), memory=first))
-    rows["fases-lora-networkx"] = dict(rows["fases-lora"], domain="networkx")
     rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
     rows["largo-todo-adafactor"] = dict(rows["largo-todo"], optimizer="adafactor")
-    rows["largo-todo-networkx"] = dict(rows["largo-todo"], domain="networkx")
+    for name in ("fases-altas", "fases-lora", "largo-todo"):
+        for domain in DOMAINS[1:]:
+            rows[f"{name}-{domain}"] = dict(rows[name], domain=domain)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
