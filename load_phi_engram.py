@@ -16,7 +16,7 @@ from pathlib import Path
 
 try:
     from engram.adapters import SMALL
-    from engram.cards import write_graft_card, write_memory_card
+    from engram.cards import public_name, write_graft_card, write_memory_card
     from engram.console import SpanishParser, UserError, gigabytes, peak_memory, run_script, spanish
     from engram.folders import whole_folder
     from engram.graft import check_output, load_phi_1_with_engram, report
@@ -90,7 +90,7 @@ def main(argv=None):
             print(f"✅ Memoria cambiada por la de {args.cambiar_memoria}.")
         bad = teach_file(model, tokenizer, args.aprender, lambda text: print(text, flush=True)) if args.aprender else 0
         title = Path(args.salida).resolve().name
-        origin = Path(name).resolve().name if Path(name).is_dir() else name  # where it lies is nobody's business
+        origin = public_name(name)
         if args.solo_memoria:
             save_memory(model, folder)
             from engram.sharing import phi_was_trained  # it draws: a second that the other uses need not wait

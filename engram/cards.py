@@ -30,6 +30,11 @@ def original(model) -> bool:
     return model.config.tokenizer_name_or_path == PHI_1 and not is_toy(model)
 
 
+def public_name(name) -> str:
+    """Of a folder or Hub repository: where a folder lies on this machine is nobody's business."""
+    return Path(name).resolve().name if Path(name).is_dir() else str(name)
+
+
 def values_of(model) -> tuple[int, int]:
     """Parameters of Phi and of its memory."""
     memory = sum(p.numel() for name, p in model.named_parameters() if "engram" in name)

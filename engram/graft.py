@@ -3,7 +3,6 @@
 if __name__ == "__main__":
     raise SystemExit("Esta pieza no se ejecuta. Los programas: verify_, load_, train_ y chat_phi_engram.py (--help)")
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from engram.cards import public_name
 from engram.console import UserError, gigabytes, short, spanish
 from engram.memories import MEMORY_FILE
 from engram.opening import explained, find_model, open_checked, open_tokenizer, read_config, where_from
@@ -110,8 +110,7 @@ def load_phi_1_with_engram(model_name=PHI_1, layer_ids=None, dtype="auto", **eng
         unwanted = ("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
         fields = {key: value for key, value in plain.items() if key not in unwanted and key[0] != "_"}
         fields |= {"eos_token_id": stop, "engram_pad_id": stop, "engram_layer_ids": layer_ids}
-        # A folder's own name only: where it lies on this machine is nobody's business.
-        fields |= {"tokenizer_name_or_path": Path(name).name if os.path.isdir(name) else name}
+        fields |= {"tokenizer_name_or_path": public_name(name)}
         try:
             config = PhiEngramConfig(**{**fields, **engram})
         except ValueError as error:

@@ -236,7 +236,7 @@ def open_model(name, dtype=None, device=None, storage="auto", memory=None, cure=
 
 def change_memory(model, name) -> bool:
     """Put the memory of the folder or Hub name `name`, and LoRA's change of Phi if it learned beside one, in place of
-    the model's own. Returns whether it did."""
+    the model's own. Returns whether it learned so."""
     name = find_model(name, MEMORY_FILE, "una memoria", "tu-usuario/mi-memoria")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, MEMORY_FILE)):
         raise UserError(

@@ -16,7 +16,7 @@ import numpy as np
 from transformers.utils import cached_file
 
 from engram.adapters import SMALL, save_small
-from engram.cards import front, original, toy_warning, values_of, write, write_memory_card
+from engram.cards import front, original, public_name, toy_warning, values_of, write, write_memory_card
 from engram.console import UserError, counted, short, spanish
 from engram.folders import whole_folder
 from engram.opening import LOG, where_from
@@ -232,7 +232,7 @@ def save_trained(model, tokenizer, outcome: dict, output, repo: str | None) -> N
     with whole_folder(output) as folder:
         if outcome["lora"]:
             (folder / SMALL).mkdir()
-            start, alone = Path(model.name_or_path).name, not phi_was_trained(model)
+            start, alone = public_name(model.name_or_path), not phi_was_trained(model)
             save_small(outcome["lora"], folder / SMALL, model.config.tokenizer_name_or_path if alone else start)
             write_memory_card(model, folder / SMALL, f"{name}/{SMALL}", name, alone, start)
         model.save_pretrained(folder)
