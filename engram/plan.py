@@ -278,8 +278,10 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     for phase in missing:
         moving = (machine.gpu > 0) * bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
         hours[phase] = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600, moving
+    lighter = bool(missing.get(2)) and not choice.lora
     lines += [
         duration({phase: sum(pair) for phase, pair in hours.items()}, chosen, machine),
+        *["Con --lora (un adaptador en vez de Phi entero) pide menos: añádelo a esta orden y mira."] * lighter,
         "",
         f"  {spanish(numbers[0] / 1e6)} millones de parámetros de Phi, {spanish(numbers[1] / 1e6, 1)} de Engram; "
         f"{spanish(rows / 1e6, 2)} millones",

@@ -23,9 +23,10 @@ from engram.adapters import ADAPTER_FILES, MATRICES, add_lora, learns, of_phi, s
 from engram.checkpoints import STATE
 from engram.console import UserError
 from engram.counting import Choice, LiveStorage, Machine, account, shapes, traced
+from engram.machines import named_machine
 from engram.memories import load_memory, save_memory
 from engram.opening import change_memory, open_model
-from engram.plan import advice, flops_per_token, search
+from engram.plan import advice, flops_per_token, plan, search
 from engram.sharing import phi_was_trained
 from engram.steps import LORA_RECIPE, PHI_1_RECIPE, phi_1_recipe, recompute_activations
 from hub import Hub
@@ -308,4 +309,6 @@ def test_the_plan_counts_what_lora_takes(make_config, recompute, monkeypatch):
         patch.setattr("engram.plan.search", lambda config, choice, machine: None if choice.steps[1] else choice)
         words = advice(config, Choice(lora=8), HERE, ["--lora", "--semilla 3"])
     assert "--lora" not in words and words.endswith("--semilla 3 --lote 2 --longitud 512 --acumular 8 --pasos-fase2 0")
+    assert "Con --lora (un adaptador" in plan("phi1-engram", Choice(), named_machine("t4"))
+    assert "Con --lora (un adaptador" not in plan("phi1-engram", Choice(lora=8), named_machine("t4"))
     assert search(config, Choice(lora=8), HERE).lora == 8
