@@ -84,10 +84,14 @@ def make_optimizer(
     if kind == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as dense
     elif kind == "adafactor":
-        from transformers import (
-            Adafactor,  # with the Trainer's modules, peft's and bitsandbytes' where they are installed
-        )
-
+        try:  # with it come the Trainer's modules, peft's and bitsandbytes' where they are installed
+            from transformers import Adafactor
+        except (ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"No se puede usar adafactor ({reason}). Si tienes peft o bitsandbytes, actualízalos: "
+                "pip install -U peft bitsandbytes transformers"
+            ) from None
         dense = partial(Adafactor, scale_parameter=False, relative_step=False)
     else:
         dense = torch.optim.AdamW

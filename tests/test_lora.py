@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from engram.counting import Choice, LiveStorage, Machine, account, shapes, trace
 from engram.machines import named_machine
 from engram.memories import load_memory, save_memory
 from engram.opening import change_memory, open_model
+from engram.optimizers import make_optimizer
 from engram.plan import advice, flops_per_token, plan, search
 from engram.sharing import phi_was_trained
 from engram.steps import LORA_RECIPE, PHI_1_RECIPE, phi_1_recipe, recompute_activations
@@ -44,6 +46,12 @@ def test_an_old_peft_stops_nobody_who_does_not_ask_for_it():
     code = "import sys; import train_phi_engram; assert not {'peft', 'transformers.trainer_utils'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nor_does_adafactor_fail_without_saying_what_to_do(make_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    with pytest.raises(UserError, match="actualízalos: pip install -U peft"):
+        make_optimizer(make_model(), 1e-3, 1e-3, 1e-3, 0.1, "adafactor")
 
 
 def test_without_peft_the_user_learns_how_to_install_it(monkeypatch):
