@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from engram.console import UserError, out_of_memory
-from engram.memories import BESIDE_ADAPTER, MEMORY_FILE, save_memory
+from engram.memories import BESIDE_ADAPTER, memory_says, save_memory
 
 RANK = 8  # of every adapter, alpha twice that: as our study measured it (DOCUMENTACION_TECNICA.md, 6.1)
 MATRICES = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
@@ -81,12 +80,6 @@ def merge(lora):
     """Add the adapters to Phi's matrices and take them out: the model that `add_lora` was given, changed."""
     with torch.no_grad():
         return lora.merge_and_unload()
-
-
-def memory_says(name, **hub) -> dict[str, str]:
-    """What a memory's file, in a folder or on the Hub, says of itself."""
-    with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
-        return file.metadata() or {}
 
 
 @contextmanager

@@ -113,6 +113,12 @@ def save_memory(model, folder, told=None):
         temporary.unlink(missing_ok=True)
 
 
+def memory_says(name, **hub) -> dict[str, str]:
+    """What a memory's file, in a folder or on the Hub, says of itself."""
+    with safe_open(cached_file(name, MEMORY_FILE, **hub), "pt") as file:
+        return file.metadata() or {}
+
+
 @torch.no_grad()
 def load_memory(model, name, **hub):
     """Put a memory that `save_memory` wrote in the place of the present one; Phi stays as it is.
