@@ -314,8 +314,10 @@ def test_the_plan_counts_what_lora_takes(make_config, recompute, monkeypatch):
     attention = 6 * 16 * config.hidden_size * config.num_hidden_layers
     assert flops_per_token(config, Choice(length=16, lora=8), 2) == 4 * sum(seen.values()) + 2 * mine + attention
     with monkeypatch.context() as patch:  # where only phase 1 fits, which has no adapter
-        patch.setattr("engram.plan.search", lambda config, choice, machine: None if choice.steps[1] else choice)
+        tried = []
+        patch.setattr("engram.plan.search", lambda _, one, __: tried.append(one) or (None if one.steps[1] else one))
         words = advice(config, Choice(lora=8), HERE, ["--lora", "--semilla 3"])
+    assert tried[-1].lora == 0  # nor the small folder
     assert "--lora" not in words and words.endswith("--semilla 3 --lote 2 --longitud 512 --acumular 8 --pasos-fase2 0")
     assert "Con --lora (un adaptador" in plan("phi1-engram", Choice(), named_machine("t4"))
     assert "Con --lora (un adaptador" not in plan("phi1-engram", Choice(lora=8), named_machine("t4"))
