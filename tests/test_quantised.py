@@ -263,9 +263,11 @@ def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, 
 
 @needs_torchao
 @pytest.mark.parametrize("rows", [1, quantised.FEW, quantised.FEW + 1])
-def test_int8_products_are_those_of_the_weights_dequantised(folder, rows, whole):
+@pytest.mark.parametrize("many", [torch.float32, torch.bfloat16])
+def test_int8_products_are_those_of_the_weights_dequantised(folder, rows, many, whole, monkeypatch):
     """By torch's products without a public name. Where they are gone, this says so, and another way serves."""
     assert quantised.INT8_PRODUCT is not None
+    monkeypatch.setattr(quantised, "MANY", many)
     model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
     layer, x = model.model.layers[0].mlp.fc2, torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0] = 30
@@ -275,8 +277,9 @@ def test_int8_products_are_those_of_the_weights_dequantised(folder, rows, whole)
         assert product.dtype == x.dtype and torch.equal(layer(x[:, :1]), product[:, :1]) | (not whole)
         # By whole numbers x is off by half of one of 127 * 254 steps at most; by bfloat16 by 2**-9 of itself, and so
         # is the product. float32's own rounding comes to both.
-        off = x.abs().amax(-1, keepdim=True) / (127 * 508) if whole else x.abs() * 2**-9
-        bound = off.double().expand_as(x) @ weight.abs().T + (1e-6 if whole else 2**-9) * (1 + expected.abs())
+        exact = whole or (rows > quantised.FEW and many == torch.float32)
+        off = x.abs().amax(-1, keepdim=True) / (127 * 508) if whole else x.abs() * (0 if exact else 2**-9)
+        bound = off.double().expand_as(x) @ weight.abs().T + (1e-6 if exact else 2**-9) * (1 + expected.abs())
         assert ((product - expected).abs() <= 1.01 * bound).all()
         assert torch.equal(layer(torch.zeros(1, 128)), layer.bias[None])
         assert layer(torch.full((1, 128), torch.nan)).isnan().all()
@@ -289,6 +292,15 @@ def test_int4_products_are_torchaos(folder):
     layer, x = model.model.layers[0].mlp.fc2, torch.randn(2, 5, 128).bfloat16()
     with torch.no_grad():
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not this processor's")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_without_avx512_many_rows_are_multiplied_in_float32(capability):
+    code = "from engram.quantised import MANY; print(MANY)"
+    limited = dict(os.environ, ATEN_CPU_CAPABILITY=capability, PYTHONPATH=str(Path(quantised.__file__).parents[1]))
+    run = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True)
+    assert run.stdout.strip() == "torch.float32", run.stderr
 
 
 def test_a_processor_that_cuts_sums_off_is_found_out():
