@@ -129,14 +129,19 @@ def test_completed_counts_whole_names():
 
 def test_forgetting_of_the_base_itself_is_nothing(llama):
     blocks = torch.randint(0, 300, (5, 12))
-    said = {"propio": [p.half() for _, p in measures.predictions(llama, blocks)]}
+    said = {"propio": [p for _, p in measures.predictions(llama, blocks)]}
+    rounded = {"propio": [p.half() for p in said["propio"]]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "LENGTH", 12)
         same = measures.forgetting(llama, {"propio": blocks}, said)["propio"]
+        nearly = measures.forgetting(llama, {"propio": blocks}, rounded)["propio"]
         loss, _ = measures.loss_and_hits(llama, blocks)
         llama.lm_head.weight.data[:150] *= 1.5
         other = measures.forgetting(llama, {"propio": blocks}, said)["propio"]
-    assert same["kl"] == pytest.approx(0, abs=1e-5) and same["changed"] < 0.02
+    assert same["kl"] == same["changed"] == 0
+    # float16 moves each of 55 * 300 log-probabilities of 4 to 8 by 2**-9 at most, 1e-3 in the root mean square: their
+    # mean by 9e-6. Six times that, for bfloat16's logits have few values and err together.
+    assert nearly["kl"] == pytest.approx(0, abs=5e-5) and nearly["changed"] < 0.02
     assert same["loss"] == pytest.approx(loss, rel=1e-5) and other["kl"] > 1e-4
 
 
