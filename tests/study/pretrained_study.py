@@ -295,7 +295,8 @@ def run_rows(folder: Path, wanted):
             ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
         ).stdout.strip()
         total = time.perf_counter() - started - opened
-        row = dict(fila=name, **settings, **measured, total=total, threads=torch.get_num_threads(), commit=commit)
+        how = dict(total=total, threads=torch.get_num_threads(), precision=pretrained.PRECISION, commit=commit)
+        row = dict(fila=name, **settings, **measured, **how)
         keep(row)
         print(row, flush=True)
 
