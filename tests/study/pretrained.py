@@ -372,7 +372,7 @@ def continue_base(folder: Path):
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        row = dict(state, rate=BASE_RATE, files=[len(train), len(other)], left_out=left_out)
+        row = dict(state, rate=BASE_RATE, precision=PRECISION, files=[len(train), len(other)], left_out=left_out)
         (temporary / "fila.json").write_text(json.dumps(row))
     shutil.rmtree(unfinished)
     print(f"✅ {folder}")
