@@ -25,6 +25,9 @@ MACHINES = {
     "colab": Machine("colab", cards=1, ram=12.7e9, disk=70e9, **T4),
     "kaggle": Machine("kaggle", cards=2, ram=29e9, disk=20e9, scratch="/tmp", **T4),
 }
+# In which a CPU multiplies large matrices fastest: without AVX512 (most laptops) bfloat16 takes four times as long as
+# float32, and more.
+CPU_DTYPE = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 # Of the speed of one large product of matrices, what whole training steps reached on a CPU (tests/bench/plan.py).
 STEP_SHARE = 0.4
 

@@ -14,6 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from engram.console import UserError
+from engram.machines import CPU_DTYPE
 from phi1_engram import FrozenLinear
 
 BITS = ("no", "int8", "int4")
@@ -21,8 +22,6 @@ BITS = ("no", "int8", "int4")
 INT8_PRODUCT = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
 INT4_PRODUCT = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 FEW = 8  # rows: of more, the weights turned into floats make a faster product
-# Which floats: without AVX512 (most laptops) bfloat16's product takes four times as long as float32's.
-MANY = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 
 
 def quantisation(kind: str, config: dict, on_card: bool) -> dict:
@@ -87,7 +86,7 @@ class HastenedLinear(FrozenLinear):
 
 class Int8Linear(HastenedLinear):
     """Its weight is torchao's Int8Tensor, one scale a row. 8 bits are exact in bfloat16, to which x is rounded (where
-    it has more rows than FEW, to MANY)."""
+    it has more rows than FEW, to CPU_DTYPE)."""
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         whole = self.weight.qdata
@@ -95,7 +94,7 @@ class Int8Linear(HastenedLinear):
             rows = rows.bfloat16().contiguous()
             product = INT8_PRODUCT(rows, whole, rows.new_ones(len(whole)))
         else:
-            product = rows.to(MANY) @ whole.to(MANY).T
+            product = rows.to(CPU_DTYPE) @ whole.to(CPU_DTYPE).T
         return product.float() * self.weight.scale.flatten()
 
 

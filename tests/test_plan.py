@@ -16,7 +16,7 @@ import helpers
 import train_phi_engram as train_script
 from engram.console import UserError, run_script
 from engram.counting import Choice, Machine, account, shapes, traced
-from engram.machines import MACHINES, named_machine
+from engram.machines import MACHINES, matmul_flops, named_machine
 from engram.optimizers import OPTIMIZERS, make_optimizer
 from engram.plan import command, from_args, plan, search
 from engram.processes import make_accelerator
@@ -278,3 +278,11 @@ def test_short_times_and_slow_machines_are_told_in_figures(tmp_path):
     assert "Horas con 0,0042 TFLOP/s" in slow and "Este entrenamiento: alrededor de " in slow
     fast = plan(name, choice, replace(machine, flops=2e16), given)
     assert "Fase 1: 0,0001" in fast
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.06, [512]), (0.04, [512, 1024])])
+def test_a_slow_processor_is_not_measured_with_large_products(monkeypatch, seconds, sizes):
+    clock, made, ones = iter(range(10**6)), [], torch.ones
+    monkeypatch.setattr("engram.machines.time.perf_counter", lambda: seconds * next(clock))
+    monkeypatch.setattr(torch, "ones", lambda size, *rest, **kw: made.append(size) or ones(size, *rest, **kw))
+    assert matmul_flops() == pytest.approx(2 * sizes[-1] ** 3 / seconds) and made == sizes

@@ -223,6 +223,18 @@ def own_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learned_and_measured_in_the_processors_own_precision(llama, own_accelerator, monkeypatch, dtype):
+    monkeypatch.setattr(methods, "CPU_DTYPE", dtype)
+    monkeypatch.setattr(pretrained, "CPU_DTYPE", dtype)
+    seen, ids = [], torch.randint(1, 300, (200,))
+    llama.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    recipe = SimpleNamespace(batch=2, length=16, seed=0, accumulate=1, clip=1.0, tokens_per_step=32)
+    methods.learn(llama, None, recipe, ids, 2, {}, backbone=1e-3)
+    measures.loss_and_hits(llama, ids.view(4, 50))
+    assert seen == 3 * [dtype == torch.bfloat16]
+
+
 def test_a_memory_learns_with_its_gate_open_and_its_rows_cleared(llama, own_accelerator):
     llama.requires_grad_(False)
     engram = pretrained.graft(llama, None, **SMALL)

@@ -267,7 +267,7 @@ def test_opened_in_few_bits_it_is_verified_against_phi_in_as_many(folder, kind, 
 def test_int8_products_are_those_of_the_weights_dequantised(folder, rows, many, whole, monkeypatch):
     """By torch's products without a public name. Where they are gone, this says so, and another way serves."""
     assert quantised.INT8_PRODUCT is not None
-    monkeypatch.setattr(quantised, "MANY", many)
+    monkeypatch.setattr(quantised, "CPU_DTYPE", many)
     model, _ = open_model(folder, torch.float32, "cpu", quantised="int8")
     layer, x = model.model.layers[0].mlp.fc2, torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0] = 30
@@ -297,7 +297,7 @@ def test_int4_products_are_torchaos(folder):
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not this processor's")
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_without_avx512_many_rows_are_multiplied_in_float32(capability):
-    code = "from engram.quantised import MANY; print(MANY)"
+    code = "from engram.quantised import CPU_DTYPE; print(CPU_DTYPE)"
     limited = dict(os.environ, ATEN_CPU_CAPABILITY=capability, PYTHONPATH=str(Path(quantised.__file__).parents[1]))
     run = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True)
     assert run.stdout.strip() == "torch.float32", run.stderr

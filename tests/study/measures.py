@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from engram.corpus import batch_at
-from study.pretrained import BATCH, LENGTH, SEPARATOR, bf16
+from study.pretrained import BATCH, LENGTH, SEPARATOR, products
 
 OLD = 24  # blocks of each old text: 6,144 tokens
 SHORT, LONG = 60, 240  # steps of 1,024 tokens
@@ -21,7 +21,7 @@ def own_texts(model, folder: Path) -> torch.Tensor:
     file = folder / "propio.safetensors"
     if not file.exists():
         torch.manual_seed(0)
-        with bf16():
+        with products():
             ids = model.generate(
                 torch.full((OLD, 1), SEPARATOR), attention_mask=torch.ones(OLD, 1), do_sample=True, top_k=0,
                 temperature=1.0, max_length=LENGTH, min_length=LENGTH, eos_token_id=SEPARATOR, pad_token_id=SEPARATOR,
@@ -35,7 +35,7 @@ def predictions(model, blocks: torch.Tensor):
     """Yield (ids that follow [B, T-1], log-probabilities of all tokens there [B, T-1, V])."""
     model.eval()
     for ids in blocks.split(BATCH):
-        with bf16():
+        with products():
             logits = model(ids, use_cache=False).logits
         yield ids[:, 1:], logits[:, :-1].float().log_softmax(-1)
 

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from engram.machines import CPU_DTYPE
 from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
 from engram.steps import run_steps
@@ -114,8 +115,9 @@ def learn(
         tables,
     )  # fmt: skip
     losses = []
+    precision = "bf16" if CPU_DTYPE == torch.bfloat16 else "no"
     run_steps(
-        Accelerator(cpu=True, mixed_precision="bf16"), model, optimizer, SimpleNamespace(train=ids), recipe,
+        Accelerator(cpu=True, mixed_precision=precision), model, optimizer, SimpleNamespace(train=ids), recipe,
         steps=steps, label="paso", offset=offset, on_step=lambda step, loss, seconds: losses.append(loss),
     )  # fmt: skip
     if tables:

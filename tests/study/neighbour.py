@@ -21,7 +21,7 @@ from engram.corpus import batch_at
 from engram.optimizers import rate_factor
 from study import measures
 from study import pretrained_study as study
-from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SHAPE, bf16
+from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, SHAPE, products
 
 
 def neighbour_row(ruler, rate: float) -> dict:
@@ -43,7 +43,7 @@ def neighbour_row(ruler, rate: float) -> dict:
     started, losses = time.perf_counter(), []
     for step in range(study.SHORT):
         batch = batch_at(ids, step, recipe)
-        with bf16():
+        with products():
             loss = wrapped(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         dense = [p for p in wrapped.parameters() if p.grad is not None and not p.grad.is_sparse]

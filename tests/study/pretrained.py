@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.corpus import batch_at
 from engram.folders import whole_folder
+from engram.machines import CPU_DTYPE
 from engram.texts import standard_library, text_files
 from phi1_engram import (
     LONGEST_KEY,
@@ -54,8 +55,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi
 BASE = CACHE / "smollm2"
 SEPARATOR = 0  # <|endoftext|>, between documents
 LENGTH, BATCH = 256, 4
-# Of products: bfloat16's are two to three times as fast as float32's, or, without AVX512, four times as slow and more.
-PRECISION = "bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32"
+PRECISION = str(CPU_DTYPE).removeprefix("torch.")  # of products
 DOMAINS = ("sympy", "networkx", "transformers-2026")
 PROSE = ("numpy", "matplotlib", "torch", "huggingface_hub", "pip", "setuptools", "tokenizers", "accelerate")
 SUFFIXES = (".py", ".txt", ".md")  # of the standard library, whatever else counts as text by now
@@ -95,9 +95,9 @@ def open_package():
     return model, tokenizer
 
 
-def bf16():
+def products():
     """Matrices are multiplied in PRECISION; weights, the residual stream and the optimiser stay float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bfloat16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=CPU_DTYPE == torch.bfloat16)
 
 
 # ---------- Text: whole files on one side or the other ----------
@@ -249,7 +249,7 @@ def spread(ids: np.ndarray, blocks: int) -> torch.Tensor:
 def loss_on(model, blocks) -> float:
     """Nats per token."""
     model.eval()
-    with bf16():
+    with products():
         losses = [model(ids, labels=ids, use_cache=False).loss.item() * len(ids) for ids in blocks.split(BATCH)]
     return sum(losses) / len(blocks)
 
@@ -358,7 +358,7 @@ def continue_base(folder: Path):
         optimizer.param_groups[0]["lr"] = BASE_RATE * min(left, (step + 1) / 20)
         batch = batch_at(ids, step, PLAN)
         model.train()
-        with bf16():
+        with products():
             loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
