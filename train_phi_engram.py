@@ -181,7 +181,8 @@ def parse(argv):
     elif args.copia and args.plan is None:
         args.copia = os.path.expanduser(args.copia)
         if not os.path.isdir(args.copia):
-            raise UserError(f"--copia {args.copia}: no existe esa carpeta. ¿Has montado ya Drive?")
+            cure = f"Con ese disco ya montado (en Colab, Drive), créala: mkdir -p {shlex.quote(args.copia)}"
+            raise UserError(f"--copia {args.copia}: no existe esa carpeta. {cure}")
         if Path(args.copia).resolve() == Path(args.salida).resolve().parent:
             raise UserError(f"--copia {args.copia}: ahí mismo está --salida. Elige una carpeta de otro disco.")
     if args.publico and not args.subir:
@@ -332,8 +333,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     first, second = (counted(steps, "paso") for steps in recipe.steps)
     print(f"Fase 1: {first}; fase 2: {second}; {tokens} tokens por paso{together}.")
-    print("Las tasas son las que mejor fueron a otro modelo ya entrenado; con los pesos de Phi-1 aún no se han")
-    print("probado. Con --tasas cambian todas (0,3: un tercio).")
+    print("Las tasas de la memoria son las que mejor fueron a otro modelo ya entrenado; con los pesos de Phi-1 aún no se")
+    print("han probado. Con --tasas cambian todas (0,3: un tercio).")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,
