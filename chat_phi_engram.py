@@ -212,6 +212,8 @@ def run_chat(
                         write(MODEL)
                     guarded(say, respond, chat, text if chat.code else text.strip(), say)
         except (EOFError, NotImplementedError):  # the latter where a notebook is run whole, with nobody to type
+            if text is not None:  # not of reading
+                raise
             break
         except KeyboardInterrupt:
             if not terminal:
@@ -246,7 +248,8 @@ def open_for_chat(name, note, storage="auto", memory=None, quantised="no"):
     dtype, device = (torch.float16, "cuda") if gpu else (torch.float32, "cpu")
     model, tokenizer = open_model(name, dtype, device, storage, memory, quantised=quantised)
     millions = spanish(n_values(model) / 1e6, 1)
-    where = f"la GPU ({torch.cuda.get_device_name(model.device)})" if gpu else "la CPU"
+    there = model.device  # of a model that was saved quantised, where it opens
+    where = f"la GPU ({torch.cuda.get_device_name(there)})" if there.type == "cuda" else "la CPU"
     precision = str(model.dtype).removeprefix("torch.") if quantised == "no" else quantised
     note(f"{name}: {millions} millones de parámetros, en {where}, {precision}.")
     note(f"{about_memory(model, memory or name)}\n{advice(model)}")
@@ -324,8 +327,8 @@ def options_of(argv):
         parser.error(f"--max-tokens {options.max_tokens}: tiene que ser 1 o más.")
     if options.temperatura is not None and not 0 <= options.temperatura <= 100:
         parser.error(f"--temperatura {short(options.temperatura)}: tiene que estar entre 0 y 100.")
-    if options.pregunta is not None and not options.pregunta.strip():
-        parser.error("--pregunta está vacía.")
+    if options.semilla is not None and not 0 <= options.semilla < 10**18:
+        parser.error(f"--semilla {options.semilla}: es un número de 0 en adelante, de 18 cifras como mucho.")
     if options.pagina is not None and not 0 <= options.pagina <= 65535:
         parser.error(f"--pagina {options.pagina}: el puerto tiene que estar entre 1 y 65535.")
     if options.pagina is not None and options.pregunta is not None:

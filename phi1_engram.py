@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -381,6 +382,7 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 SCALE_BYTES = 4  # of an int8 row: one float32 after its values, so that one read brings both
 CHUNK = 2**25  # bytes of rows converted or copied at a time
+PREAD = hasattr(os, "pread")  # not on Windows
 FEW_ROWS = 256  # of a decoded token or a small batch of them: read at once where the system has them in memory
 
 
@@ -441,7 +443,7 @@ class TableFile:
     def __init__(self, path, key: str, n_rows: int, d_head: int, mate: str | None = None):
         self.arguments = (path, key, n_rows, d_head, mate)
         self.path, self.n_rows = path, n_rows
-        self.file = open(path, "rb")
+        self.file, self.lock = open(path, "rb"), Lock()
         size = os.fstat(self.file.fileno()).st_size
         try:
             length = int.from_bytes(self._at(0, 8), "little")
@@ -471,9 +473,10 @@ class TableFile:
 
     def _at(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
-        self.file.seek(offset)
-        if self.file.readinto(data) != size:
-            raise self._bad("se corta antes de tiempo")
+        with self.lock:
+            self.file.seek(offset)
+            if self.file.readinto(data) != size:
+                raise self._bad("se corta antes de tiempo")
         return data
 
     def read(self, row_ids: np.ndarray) -> torch.Tensor:
@@ -483,7 +486,7 @@ class TableFile:
         clock, watched = time.perf_counter(), len(offsets) > 64 and hasattr(os, "posix_fadvise")
         try:
             for i, offset in enumerate(offsets):
-                pieces.append(os.pread(descriptor, size, offset))
+                pieces.append(os.pread(descriptor, size, offset) if PREAD else self._at(offset, size))
                 if i == 31 and watched and time.perf_counter() - clock > 2e-3:
                     # That came from the disk, not from its cache: let it work on all of them at once.
                     for later in offsets[i:]:

@@ -149,9 +149,6 @@ def parse(argv):
         raise UserError(f"--tasas {short(args.tasas)} no es válido: tiene que ser mayor que 0 (1 las deja como están).")
     if args.memoria == "disco":
         raise UserError("Con --memoria disco las filas solo se leen, y así no aprenden: usa --memoria ram, o auto.")
-    for name in ("datos", "salida", "copia"):
-        if getattr(args, name) is not None and not getattr(args, name).strip():
-            raise UserError(f"--{name} está vacío: escribe detrás una carpeta (¿una variable sin valor?).")
     args.salida = os.path.normpath(os.path.expanduser(args.salida))  # a last slash would be part of other names
     if Path(args.salida).name in ("", ".."):
         raise UserError(f"--salida {args.salida} no es válido: escribe el nombre de una carpeta nueva.")
@@ -333,8 +330,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     first, second = (counted(steps, "paso") for steps in recipe.steps)
     print(f"Fase 1: {first}; fase 2: {second}; {tokens} tokens por paso{together}.")
-    print("Las tasas de la memoria son las que mejor fueron a otro modelo ya entrenado; con los pesos de Phi-1 aún no se")
-    print("han probado. Con --tasas cambian todas (0,3: un tercio).")
+    print("Las tasas de la memoria son las que mejor fueron a otro modelo ya entrenado; con los pesos de Phi-1 aún no")
+    print("se han probado. Con --tasas cambian todas (0,3: un tercio).")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,

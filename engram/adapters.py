@@ -34,6 +34,11 @@ def import_peft(why: str):
     return peft
 
 
+def too_old(error: ImportError) -> UserError:
+    """Of what peft raises where a torchao is installed that is too old for it, even if nothing is quantised."""
+    return UserError(f"A peft no le vale otro paquete instalado ({error}). Si es torchao: pip install -U torchao")
+
+
 def of_phi(name: str) -> bool:
     """Whether a tensor is Phi's own: neither the memory's nor an adapter's."""
     return "engram" not in name and "lora_" not in name
@@ -48,9 +53,12 @@ def add_lora(model, rank: int):
     """Put adapters that change nothing yet around the matrices of Phi, in place; returns peft's PeftModel around it."""
     peft = import_peft("--lora")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MATRICES, task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft asks transformers for an attribute by its older name
-        return peft.get_peft_model(model, config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks transformers for an attribute by its older name
+            return peft.get_peft_model(model, config)
+    except ImportError as error:
+        raise too_old(error) from error
 
 
 def save_small(lora, folder, base: str):
@@ -92,6 +100,8 @@ def read_by_peft(name):
             yield import_peft(f"«{name}» se entrenó con LoRA y")
     except UserError:
         raise
+    except ImportError as error:
+        raise too_old(error) from error
     except Exception as error:
         if out_of_memory(error):
             raise

@@ -101,4 +101,4 @@ mismos textos. Está para comparar: `python verify_phi_engram.py --profundidad {
 
 
 def write(folder, text: str):
-    Path(folder, "README.md").write_text(text, encoding="utf-8")
+    Path(folder, "README.md").write_text(text, encoding="utf-8", errors="replace")

@@ -82,8 +82,8 @@ def is_damage(error: Exception) -> bool:
     return not out_of_memory(error) and "CUDA" not in str(error)
 
 
-def write_checkpoint(folder: Path, state: dict, write, keep: int = 1) -> Path:
-    """Save `state`, and what `write(folder)` writes, under the name of its phase and step; then prune to `keep`.
+def write_checkpoint(folder: Path, state: dict, write) -> Path:
+    """Save `state`, and what `write(folder)` writes, under the name of its phase and step.
 
     Raises:
         UserError: the disk is full; older checkpoints are as they were, and the message names the last one.
@@ -106,12 +106,17 @@ def write_checkpoint(folder: Path, state: dict, write, keep: int = 1) -> Path:
             else "Aún no había ningún punto de control anterior."
         )
         raise UserError(f"{error} {kept}") from error
+    return checkpoint
+
+
+def prune(newest: Path, keep: int = 1):
+    """Delete the checkpoints beside the `newest` but for `keep`, itself among them."""
     # Whole ones up to here count; a half copied one, or one of a later step than was resumed, does not.
-    kept = [path for path in all_checkpoints(folder) if position(path) <= position(checkpoint) and not fault(path)]
-    for path in all_checkpoints(folder):
+    there = all_checkpoints(newest.parent)
+    kept = [path for path in there if position(path) <= position(newest) and not fault(path)]
+    for path in there:
         if path not in kept[-keep:]:
             discard(path)
-    return checkpoint
 
 
 def newest_identity(folder: Path) -> dict | None:

@@ -109,7 +109,8 @@ def tell(error: BaseException) -> int | None:
 
 
 class SpanishParser(argparse.ArgumentParser):
-    """argparse whose own words are Spanish, and that guesses which flag a typo meant."""
+    """argparse whose own words are Spanish, that guesses which flag a typo meant and takes no empty value: it comes of
+    a variable that was never set."""
 
     ERRORS = (
         (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1: «\2» no es válido; elige entre \3."),
@@ -134,6 +135,14 @@ class SpanishParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": self.Help, "allow_abbrev": False, "add_help": False, **kwargs})
         self.add_argument("-h", "--help", action="help", help="muestra esta ayuda y termina")
 
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for flag, word in zip(["", *words], words):
+            flag, word = word.split("=", 1) if re.match("--[^=]+=", word) else (flag, word)
+            if not word.strip():
+                self.error(f"{flag} está vacío (¿una variable sin valor?).".lstrip())
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
         flags = re.findall(r"--[\w-]+", self.format_help())
@@ -142,6 +151,11 @@ class SpanishParser(argparse.ArgumentParser):
             message = re.sub(f"^{english}$", spanish, message, flags=re.DOTALL)
         hint = f" ¿Querías decir {close[0]}?" if close else ""
         self.exit(2, f"{self.format_usage()}❌ {message}{hint} Todas las opciones: python {self.prog} --help\n")
+
+
+def readable(text: str) -> str:
+    """With question marks for what neither UTF-8 nor a tokenizer takes: half a character, a file's name in Latin-1."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def decimal(text: str) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
-from engram.console import UserError, counted, spanish
+from engram.console import UserError, counted, readable, spanish
 from engram.facts import NoChance, facts_read
 from engram.graft import CHAT_TEMPLATE
 from engram.hooks import gate_values
@@ -216,7 +216,7 @@ class Chat:
             turns = turns[min(2, len(turns) - 1) :]
 
     def tokens(self, text: str) -> torch.LongTensor:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # bytes that a terminal could not decode
+        text = readable(text)  # of bytes that a terminal could not decode
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
     def ask(self, text: str) -> Question:

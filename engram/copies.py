@@ -5,7 +5,8 @@ if __name__ == "__main__":
 
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from engram.checkpoints import all_checkpoints, fault, position
@@ -33,11 +34,18 @@ class Copies:
 
     def __init__(self, folder, checkpoints: Path):
         self.place, self.checkpoints = Path(folder).expanduser() / checkpoints.name, checkpoints
-        self.worker, self.going = ThreadPoolExecutor(1, thread_name_prefix="copia"), None
+        self.going = None
 
     def send(self, checkpoint: Path):
-        """Begin to copy a whole checkpoint."""
-        self.going = self.worker.submit(self._copy, checkpoint)
+        """Begin to copy a whole checkpoint; whoever ends the program meanwhile does not wait for it."""
+        self.going = Future()
+        threading.Thread(target=self._tell, args=(self.going, checkpoint), daemon=True).start()
+
+    def _tell(self, going: Future, checkpoint: Path):
+        try:
+            going.set_result(self._copy(checkpoint))
+        except BaseException as error:
+            going.set_exception(error)
 
     def _copy(self, checkpoint: Path):
         copy_folder(checkpoint, self.place / checkpoint.name)

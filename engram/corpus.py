@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram.console import Progress, UserError, counted, gigabytes, spanish
+from engram.console import Progress, UserError, counted, gigabytes, readable, spanish
 from engram.folders import discard, sweep, whole_folder
 from engram.texts import (
     HELD_OUT_SHARE,
@@ -80,7 +80,8 @@ def prepare_corpus(
         path = standard_library() if source is None else Path(source).expanduser().resolve()
         if not path.exists():
             raise UserError(f"No existe '{source}'. Indica una carpeta o un archivo con --datos.")
-        name, files = "biblioteca estándar de Python" if source is None else path.name, text_files(path, skipped)
+        name = "biblioteca estándar de Python" if source is None else readable(path.name)
+        files = text_files(path, skipped)
         if not files:
             why = skipped.describe() if skipped else READ
             raise UserError(f"En '{path}' no hay archivos que se lean. {why} Indica otra carpeta con --datos.")

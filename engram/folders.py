@@ -53,12 +53,14 @@ def hold(folder):
 
     Not the folder's own lock, which whoever writes into it takes for a moment.
     """
+    if fcntl is None:  # there no folder with an open file in it can be renamed
+        yield True
+        return
     file = Path(folder, ".en-marcha")
     file.touch()
     with open(file) as handle:
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
@@ -95,13 +97,15 @@ def sweep(parent, pattern):
 
 
 def discard(path):
-    """Delete a folder so that no half of it is ever seen under its name."""
-    path = Path(path).resolve()
+    """Delete a folder, and a link that leads to it, so that no half of it is ever seen under its name."""
+    link, path = Path(path), Path(path).resolve()
     hidden = _hidden_name(path)
     try:
         os.rename(path, hidden)
     except FileNotFoundError:
         return
+    if link.is_symlink():
+        link.unlink()
     shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -137,12 +141,7 @@ def whole_folder(path):
         with alone_in(path.parent):
             if path.exists():
                 os.rename(path, old)
-            try:
-                os.rename(temporary, path)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, path)
-                raise
+            os.rename(temporary, path)
     except UserError:
         raise
     except Exception as error:
@@ -153,11 +152,17 @@ def whole_folder(path):
             "sigue intacto. Libera espacio o elige otra carpeta."
         ) from error
     finally:
+        if old.exists():
+            with alone_in(path.parent):
+                if not path.exists():  # interrupted, or failed, between the two renames
+                    os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         _unlock(handle)
 
 
 def no_space(error) -> bool:
-    """Whether this is a full disk, which writers in C++ and Rust report with errors of their own."""
-    return getattr(error, "errno", None) in NO_SPACE or any(f"os error {code})" in str(error) for code in NO_SPACE)
+    """Whether this is a full disk, or quota, which writers in C++ and Rust report with errors of their own."""
+    known = [f"os error {code})" for code in NO_SPACE]
+    known += ["unexpected pos", "PytorchStreamWriter failed"] * isinstance(error, RuntimeError)  # of torch.save
+    return getattr(error, "errno", None) in NO_SPACE or any(words in str(error) for words in known)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from engram.console import UserError, out_of_memory
+from engram.console import UserError, out_of_memory, readable
 from engram.conversation import Answer, Chat, suited
 from engram.facts import NoChance
 from engram.graft import CHAT_TEMPLATE
@@ -150,7 +150,8 @@ class Endpoint:
             prompt = texts(body, "prompt")
             if len(prompt) > 1:
                 raise refused("«prompt»: se admite un texto en cada petición.", "prompt")
-            asked["prompt"] = "".join(prompt) or chat.tokenizer.eos_token  # OpenAI's default: the start of a document
+            # OpenAI's default: the start of a document.
+            asked["prompt"] = readable("".join(prompt)) or chat.tokenizer.eos_token
         else:
             asked["messages"] = chat.fit(turns_of(body.get("messages")))[1]
         seed = number(body, "seed", -(2**63), 2**63 - 1, int)

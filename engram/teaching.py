@@ -196,9 +196,13 @@ def read_lines(path: Path) -> list[tuple[int, str | None, str | None]]:
     if separator == "," and "," not in head and ";" in head:  # as spreadsheets write where a comma is a decimal's
         separator = ";"
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    if not {"prompt", "target"} <= {*(rows.fieldnames or ())}:
-        raise UserError(f"«{path}»: la primera línea tiene que ser la cabecera, «prompt{separator}target».")
-    return [(rows.line_num, row["prompt"] or "", row["target"] or "") for row in rows]
+    try:
+        if not {"prompt", "target"} <= {*(rows.fieldnames or ())}:
+            raise UserError(f"«{path}»: la primera línea tiene que ser la cabecera, «prompt{separator}target».")
+        return [(rows.line_num, row["prompt"] or "", row["target"] or "") for row in rows]
+    except csv.Error as error:
+        cure = "¿unas comillas que no se cierran? Unas comillas de verdad se escriben dos veces"
+        raise UserError(f"«{path}»: no se entiende desde la línea {rows.line_num} ({error}). {cure}.") from error
 
 
 def teach_file(model, tokenizer, path, say) -> int:
@@ -217,7 +221,7 @@ def teach_file(model, tokenizer, path, say) -> int:
                 raise FactError("hacen falta «prompt» y «target», los dos con texto.")
             one = teaching.lesson(prompt, target, others=[other for _, other in lessons.values()])
             lessons = {key: kept for key, kept in lessons.items() if not kept[1].same_prompt(one)}
-            lessons[prompt] = number, one
+            lessons[one.prompt] = number, one
         except FactError as error:
             bad += 1
             say(f"❌ Línea {number}: {error}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from engram.console import UserError, spanish
+from engram.console import UserError, readable, spanish
 
 PLAIN = (".py", ".txt", ".md")
 TEXT_SUFFIXES = (*PLAIN, ".jsonl", ".json", ".ipynb")
@@ -41,7 +41,7 @@ class Skipped:
     def add(self, where, reason: str):
         self.reasons[reason] += 1
         if len(self.examples) < NAMED:
-            self.examples.append(f"{where} ({reason})")
+            self.examples.append(f"{readable(str(where))} ({reason})")
 
     def __len__(self) -> int:
         return sum(self.reasons.values())

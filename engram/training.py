@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import SCALER_NAME, broadcast_object_list, set_seed
 
 from engram.adapters import add_lora, learns, of_phi
-from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, write_checkpoint
+from engram.checkpoints import all_checkpoints, identity_of, is_damage, last_checkpoint, prune, write_checkpoint
 from engram.console import UserError, spanish
 from engram.copies import copies
 from engram.corpus import Corpus
@@ -140,8 +140,11 @@ class Training:
 
     def write(self, folder):
         """What a checkpoint keeps, into the folder that the main process has opened: every process its part."""
-        folder, failure = broadcast_object_list([str(folder)])[0], None
+        folder, failure = broadcast_object_list([folder and str(folder)])[0], None
+        self.writing = True
         try:
+            if folder is None:
+                raise OSError(errno.ENOSPC, "the main process could not open the folder")
             if self.recipe.shard_model:
                 save_parts(self.model, self.optimizer.optimizer, self.accelerator.scaler, folder)
             else:
@@ -155,25 +158,30 @@ class Training:
             words = "another process could not write its part"
             raise failure or (OSError(errno.ENOSPC, words) if full else RuntimeError(words))
 
-    def save(self, **position):
-        """A checkpoint of now; all processes get to the end of it, or none does."""
+    def save(self, stop: StopRequests, **position):
+        """A checkpoint of now; all processes get to the end of it, or none does. Then a copy of it is begun."""
         now = dict(self.state, **position, identity=self.identity, data=self.corpus.describe())
-        main, failure = self.accelerator.is_main_process, None
-        try:
-            if main:
-                if self.copies:
-                    self.copies.wait()  # it may still read what the new one is to replace
-                checkpoint = write_checkpoint(self.checkpoints, now, self.write, self.saving["keep"])
-                if self.copies:
-                    self.copies.send(checkpoint)
-            else:
-                self.write(None)
-        except Exception as error:
-            failure = error
-        if in_any_process(failure is not None, self.accelerator.device):
-            # Of a full disk the main process speaks alone: it knows which checkpoint is left.
-            raise failure if failure and (main or not no_space(failure)) else SystemExit(1)
+        main, failure, self.writing = self.accelerator.is_main_process, None, False
+        with stop.saving():
+            try:
+                if main:
+                    checkpoint = write_checkpoint(self.checkpoints, now, self.write)
+                else:
+                    self.write(None)
+            except Exception as error:
+                failure = error
+            if main and not self.writing:
+                broadcast_object_list([None])  # the others wait for the folder
+            if in_any_process(failure is not None, self.accelerator.device):
+                # Of a full disk the main process speaks alone: it knows which checkpoint is left.
+                raise failure if failure and (main or not no_space(failure)) else SystemExit(1)
         self.saved_at = time.monotonic()
+        if main:
+            if self.copies:
+                self.copies.wait()  # it may still read what is to go now
+            prune(checkpoint, self.saving["keep"])
+            if self.copies:
+                self.copies.send(checkpoint)
 
     # ----- a phase
 
@@ -227,7 +235,7 @@ class Training:
             first, before = self.state["step"], self.state["seconds"]
             self.accelerator.print(f"Sigo desde la fase {phase}, paso {first} de {steps}.")
         elif phase == 2:
-            self.save(phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
+            self.save(stop, phase=2, step=0, seconds=0.0)  # phase 1 is not lost to an interruption from here on
         if not self.state["results"]:
             with stop.nothing_to_save():
                 self.measure("antes de entrenar", 0)
@@ -241,11 +249,10 @@ class Training:
             # At the very end too: what comes next, saving the result, may find the disk full.
             last = step == steps and (phase == 2 or not recipe.steps[1])
             if wish == 2 or last or (step < steps and (wish or step % self.saving["steps"] == 0)):
-                with stop.saving():
-                    self.save(phase=phase, step=step, seconds=before + spent)
-                    if wish == 2 and self.copies:
-                        self.copies.wait()
+                self.save(stop, phase=phase, step=step, seconds=before + spent)
             if wish == 2:
+                if self.copies:
+                    self.copies.wait()
                 raise KeyboardInterrupt
 
         seconds = before + run_steps(

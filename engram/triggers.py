@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engram.console import UserError, counted, spanish
+from engram.console import UserError, counted, readable, spanish
 from engram.texts import standard_library
 from phi1_engram import LONGEST_KEY
 
@@ -76,6 +76,7 @@ class Lesson:
 
 def lesson(tokenizer, canonical: torch.LongTensor, prompt: str, target: str) -> Lesson:
     """Raises FactError: nothing to complete, or too long."""
+    prompt, target = readable(prompt), readable(target)
     first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target))
     if not first or not second:
         raise FactError("Falta el principio o lo que sigue: se escribe PRINCIPIO => CONTINUACIÓN.")

@@ -500,7 +500,9 @@ def test_finds_the_model_that_the_scripts_left(monkeypatch, tmp_path, capsys):
         (["--temperatura", "-1"], "--temperatura -1:"),
         (["--temperatura", "0,x"], "--temperatura: «0,x» no es un número"),
         (["--temperatura", "nan"], "--temperatura nan"),
-        (["--pregunta", " "], "--pregunta está vacía"),
+        (["--pregunta", " "], "--pregunta está vacío"),
+        (["--cambiar-memoria", ""], "--cambiar-memoria está vacío"),
+        (["--semilla", "-1"], "--semilla -1"),
         (["--codgo"], "¿Querías decir --codigo?"),
     ],
 )

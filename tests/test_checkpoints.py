@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import engram.checkpoints as checkpoints
+import engram.copies as copies
+import engram.folders as folders
 import helpers
 import train_phi_engram as train
 from bench import kills
@@ -137,12 +139,51 @@ def test_what_a_live_process_writes_is_not_swept_and_the_rest_is(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".otro-0123abcd", ".algo-mio"}
 
 
+def test_stopped_between_two_renames_the_old_folder_is_still_there(tmp_path, monkeypatch):
+    (tmp_path / "algo").mkdir()
+    (tmp_path / "algo" / "dentro").write_text("viejo")
+    rename = os.rename
+
+    def stopped(source, target):
+        rename(source, target)
+        if str(target).endswith("-old"):
+            raise KeyboardInterrupt  # as Python does once the system is done
+
+    monkeypatch.setattr(os, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "algo") as folder:
+        (folder / "dentro").write_text("nuevo")
+    assert [path.name for path in tmp_path.iterdir()] == ["algo"]
+    assert (tmp_path / "algo" / "dentro").read_text() == "viejo"
+
+
+def test_a_folder_that_is_a_link_goes_with_what_it_leads_to(tmp_path):
+    (tmp_path / "disco grande" / "puntos").mkdir(parents=True)
+    (tmp_path / "puntos").symlink_to(tmp_path / "disco grande" / "puntos")
+    discard(tmp_path / "puntos")
+    assert [*tmp_path.iterdir()] == [tmp_path / "disco grande"] and not [*(tmp_path / "disco grande").iterdir()]
+
+
+def test_where_files_cannot_be_locked_none_is_left_open_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "fcntl", None)
+    with folders.hold(tmp_path) as alone:
+        assert alone and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_known_by_what_torch_says_of_it():
+    with pytest.raises(RuntimeError) as error:
+        torch.save({"a": torch.zeros(10**6)}, "/dev/full")
+    assert folders.no_space(error.value)
+    assert not folders.no_space(RuntimeError("CUDA error: unknown"))
+
+
 # --- pruning, copies, other trainings
 
 
 def write(folder, phase, step, keep=1):
     state = dict(phase=phase, step=step, identity={}, data="")
-    return checkpoints.write_checkpoint(folder, state, lambda to: (to / "pesos").write_bytes(b"1234"), keep)
+    new = checkpoints.write_checkpoint(folder, state, lambda to: (to / "pesos").write_bytes(b"1234"))
+    checkpoints.prune(new, keep)
 
 
 def test_the_newest_checkpoints_stay_by_phase_and_number_not_by_name(tmp_path):
@@ -339,6 +380,26 @@ def test_copies_outlive_the_machine_and_a_copy_that_fails_stops_nothing(place, w
     (drive / f"{kills.OUTPUT}-checkpoints").write_text("en medio")
     code, out = run(place, "--copia", str(drive))
     assert code == 0 and "No se ha podido copiar el punto de control" in out and weights(place) == whole, out
+
+
+def test_a_checkpoint_does_not_wait_for_the_copy_of_the_one_before(place, tmp_path, monkeypatch):
+    """Which may take minutes that whoever was asked to stop has not; and the one that is being copied stays."""
+    drive, seen = tmp_path / "Drive", []
+    drive.mkdir()
+
+    def until_the_next_is_there(self, checkpoint):
+        limit = time.monotonic() + 30
+        later = []
+        while not later and time.monotonic() < limit and not (place / kills.OUTPUT).exists():
+            later = [one for one in checkpoints.all_checkpoints(self.checkpoints) if one.name > checkpoint.name]
+            time.sleep(0.01)
+        seen.append((bool(later), checkpoint.exists()))
+
+    monkeypatch.setattr(copies.Copies, "_copy", until_the_next_is_there)
+    monkeypatch.setattr(copies.Copies, "finish", lambda self, output: None)
+    monkeypatch.chdir(place)
+    train.main([*kills.OPTIONS, *SHORT, "--copia", str(drive)])
+    assert seen[:3] == [(True, True)] * 3  # of four, the last of which has no next
 
 
 def test_what_a_second_place_holds_is_never_replaced_by_another_training(place, whole, tmp_path):

@@ -52,6 +52,8 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(texts, "open", forbidding, raising=False)
+    with open(os.fsencode(folder) + b"/a\xf1o.pdf", "w"):  # of a disk whose names are in Latin-1
+        pass
     corpus = corpora.prepare_corpus(tokenizer, folder, length=8)
     assert corpus.documents == 6
     ids = [*corpus.train, *corpus.held_out]
@@ -62,14 +64,14 @@ def test_corpus_takes_what_is_text_and_counts_and_names_the_rest(tmp_path, token
         "mordido.txt": "no es UTF-8; si es antiguo, prueba --codificacion latin-1", "bucle": "enlace a una carpeta",
         "roto.py": "enlace a algo que no existe", "circulo.py": "enlace en bucle",
         "tubo.py": "no es un archivo corriente", "prohibido.py": "sin permiso de lectura", "tres.jsonl:8": "vacío",
-        "tres.jsonl:5": "no es un objeto JSON",
+        "tres.jsonl:5": "no es un objeto JSON", "a?o.pdf": "tipo .pdf",
         "tres.jsonl:4": "sin un campo de texto 'text', 'content' o 'code'",
         "tres.jsonl:7": "no es un objeto JSON", "tres.jsonl:10": "no es un objeto JSON",
         "tres.jsonl:9": "no es UTF-8; si es antiguo, prueba --codificacion latin-1",
     }  # fmt: skip
     assert set(corpus.skipped.examples) == {f"{folder / name} ({reason})" for name, reason in named.items()}
     assert len(corpus.skipped) == len(named) and corpus.skipped.reasons["vacío"] == 3
-    assert "Se saltaron 18 archivos o líneas (" in corpus.skipped.describe()
+    assert "Se saltaron 19 archivos o líneas (" in corpus.skipped.describe()
     assert "guárdalo como .txt" in corpus.skipped.describe()
     again = corpora.prepare_corpus(tokenizer, folder, length=8)  # the names too are kept
     assert again.skipped == corpus.skipped

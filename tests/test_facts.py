@@ -695,12 +695,21 @@ def test_tables_of_facts(tmp_path, separator, suffix):
     file.write_text("a;b\n")
     with pytest.raises(UserError, match="cabecera"):
         teaching.read_lines(file)
+    file.write_text(f'prompt{separator}target\nuno{separator}"dos\n' + "tres\n" * 30_000)
+    with pytest.raises(UserError, match="desde la línea .*comillas que no se cierran"):
+        teaching.read_lines(file)
     with pytest.raises(UserError, match="No existe"):
         teaching.read_lines(tmp_path / "nada.csv")
     with pytest.raises(UserError, match=".jsonl, .csv y .tsv"):
         teaching.read_lines(tmp_path / "nada.txt")
     (tmp_path / "a.jsonl").write_text('{"prompt": "uno\u2028dos", "target": " tres"}\n\n', encoding="utf-8")
     assert teaching.read_lines(tmp_path / "a.jsonl") == [(1, "uno\u2028dos", " tres")]  # whose lines end in \n alone
+
+
+def test_half_a_character_is_a_question_mark(tokenizer):
+    """As where JSON was cut inside an emoji: no tokenizer takes it, nor does a file in UTF-8."""
+    one = triggers.lesson(tokenizer, torch.arange(51200), "uno dos \ud83d", " tres \ude00")
+    assert (one.prompt, one.target) == ("uno dos ?", " tres ?")
 
 
 def test_lessons_with_an_ngram_in_common_are_written_together(tokenizer):

@@ -54,6 +54,16 @@ def test_nor_does_adafactor_fail_without_saying_what_to_do(make_model, monkeypat
         make_optimizer(make_model(), 1e-3, 1e-3, 1e-3, 0.1, "adafactor")
 
 
+def test_an_old_torchao_that_peft_does_not_take_is_named(make_model, tmp_path, monkeypatch):
+    """Looked for by peft even where nothing is quantised."""
+    def found(*args, **kwargs):
+        raise ImportError("Found an incompatible version of torchao. Found version 0.10.0")
+
+    monkeypatch.setattr(peft, "get_peft_model", found)
+    with pytest.raises(UserError, match="torchao.*pip install -U torchao"):
+        add_lora(make_model(), 8)
+
+
 def test_without_peft_the_user_learns_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"--lora necesita el paquete peft \(.*Instálalo con: pip install -U peft"):

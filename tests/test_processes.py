@@ -46,6 +46,28 @@ def test_a_process_that_fails_alone_says_why_and_ends_all(tmp_path):
     assert "❌ Falla uno solo." in errors
 
 
+def test_a_folder_that_the_main_process_cannot_open_ends_all(phi_folder, tmp_path):
+    """The others wait for its name."""
+    code = helpers.write_code(tmp_path / "codigo")
+    helpers.save_grafted(phi_folder, tmp_path / "phi1-engram")
+    script = tmp_path / "sin sitio.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE.parent)!r})
+import engram.training as training, train_phi_engram as train
+from engram.console import UserError, run_script
+def no_room(*args):
+    raise UserError("Aquí no se puede escribir.")
+if os.environ["RANK"] == "0":
+    training.write_checkpoint = no_room
+run_script(train.main)
+""", encoding="utf-8")
+    words = ["--datos", code, "--longitud", 32, "--lote", 2, "--pasos-fase1", 1, "--pasos-fase2", 1]
+    process = helpers.together(2, script, *words, cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode and "❌ Aquí no se puede escribir." in errors
+
+
 @pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "parts", "stays", "scaled")], ids=str)
 def test_several_processes_give_the_result_of_one(tmp_path, alone, wishes):
     """Float64 weights, so that another order of summing is worth 1e-13; losses are computed in float32."""

@@ -233,6 +233,17 @@ def test_each_distinct_row_is_read_once_while_earlier_layers_compute(saved, monk
     assert all(thread == "MainThread" for thread, _ in seen) and len(seen) == 2
 
 
+def test_rows_are_read_where_the_system_reads_at_no_place_of_its_own(saved, monkeypatch):
+    """Windows has no pread."""
+    model, folders = saved
+    ids = helpers.random_ids(model, 1, 5)
+    expected = logits(opened(folders["int8"], "ram"), ids)
+    for name in ("pread", "preadv", "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(phi1_engram, "PREAD", False)
+    assert torch.equal(logits(opened(folders["int8"], "disco"), ids), expected)
+
+
 @pytest.mark.parametrize("system", ["warm", "cold", "without"])
 def test_few_rows_are_read_at_once_where_the_system_has_them(saved, monkeypatch, system):
     """And by the thread where one would have to be waited for, or where no system call tells."""

@@ -334,6 +334,8 @@ def test_killed_script_says_how_to_go_on_and_goes_on(grafted, code, tmp_path, mo
         (["--modelo", "no-existe/ni/esto"], "No existe la carpeta"),
         (["--dato", "x"], "--datos"),
         (["--datos", ""], "--datos está vacío"),
+        (["--subir", ""], "--subir está vacío"),
+        (["--dataset="], "--dataset está vacío"),
         (["--datos", "no-existe"], "No existe «no-existe»"),
         (["--tasas", "nan"], "--tasas nan"),
         (["--tasas", "0,x"], "«0,x» no es un número"),
