@@ -69,6 +69,10 @@ def study_rows(done: dict) -> dict[str, dict]:
     rows["fases-lora"] = dict(rows["largo-receta"], then=dict(lora=dict(rank=8, rate=3e-3), memory=first))
     rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
     rows["largo-todo-adafactor"] = dict(rows["largo-todo"], optimizer="adafactor")
+    for rate in (5e-5, 1e-4):  # of all weights, in both
+        then = dict(rows["fases-altas"]["then"], everything=rate)
+        rows[f"fases-altas-{rate:g}"] = dict(rows["fases-altas"], then=then)
+        rows[f"largo-todo-{rate:g}"] = dict(rows["largo-todo"], everything=rate)
     for name in ("fases-altas", "fases-lora", "largo-todo"):
         for domain in DOMAINS[1:]:
             rows[f"{name}-{domain}"] = dict(rows[name], domain=domain)
