@@ -201,16 +201,19 @@ def run_chat(
             if terminal and not word and (wish := meant(text)):
                 say(f"¿Querías decir «{wish}»? Escríbelo así. {ESCAPE}")
                 continue
-            answered = not word and bool(text.strip())
             if word == "salir":
                 break
-            with interruptible():
-                if word:
-                    guarded(say, obey, chat, word, argument, say)
-                elif text.strip():
-                    if terminal:
-                        write(MODEL)
-                    guarded(say, respond, chat, text if chat.code else text.strip(), say)
+            before = chat.question
+            try:
+                with interruptible():
+                    if word:
+                        guarded(say, obey, chat, word, argument, say)
+                    elif text.strip():
+                        if terminal:
+                            write(MODEL)
+                        guarded(say, respond, chat, text if chat.code else text.strip(), say)
+            finally:
+                answered = not word and chat.question is not before
         except (EOFError, NotImplementedError):  # the latter where a notebook is run whole, with nobody to type
             if text is not None:  # not of reading
                 raise

@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -472,11 +472,14 @@ class TableFile:
         return EngramFileError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
 
     def _at(self, offset: int, size: int) -> bytearray:
-        data = bytearray(size)
-        with self.lock:
-            self.file.seek(offset)
-            if self.file.readinto(data) != size:
-                raise self._bad("se corta antes de tiempo")
+        if PREAD:
+            data = bytearray(os.pread(self.file.fileno(), size, offset))
+        else:
+            with self.lock:
+                self.file.seek(offset)
+                data = bytearray(self.file.read(size))
+        if len(data) != size:
+            raise self._bad("se corta antes de tiempo")
         return data
 
     def read(self, row_ids: np.ndarray) -> torch.Tensor:
@@ -572,11 +575,14 @@ def index_files(folder: Path, suffix: str, tables: list[Path]):
     """
     single, weight_map, size = folder / f"model{suffix}.safetensors", {}, 0
     shards = [*folder.glob(f"model{suffix}-?????-of-?????.safetensors")]
+    # Of a variant not called a shard: transformers deletes those of every variant when it saves without one.
+    lone = folder / f"model{suffix}{'-phi' if suffix else '-00001-of-00001'}.safetensors"
     if shards:  # those of an earlier save went when this one was made
-        single.unlink(missing_ok=True)
+        for old in {single, lone} - {*shards}:
+            old.unlink(missing_ok=True)
     else:
-        shards = [folder / f"model{suffix}-00001-of-00001.safetensors"]
-        os.replace(single, shards[0])
+        shards = [lone]
+        os.replace(single, lone)
     for path in (*shards, *tables):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -637,6 +643,9 @@ class EngramTable(nn.Module):
         """Whether the next forward pass fetches rows instead of differentiating the table."""
         return self.stays and not (self.writable and torch.is_grad_enabled())
 
+    def __getstate__(self):  # for copies: what is on its way cannot be copied
+        return {**self.__dict__, "_coming": None, "_stream": None}
+
     def _apply(self, fn, recurse=True):
         return self if self.stays else super()._apply(fn, recurse)
 
@@ -650,7 +659,7 @@ class EngramTable(nn.Module):
 
     def hold(self, dtype: torch.dtype):
         """Read all rows of the file into memory, in precision `dtype`."""
-        rows = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype)
+        rows = torch.empty(self.n_rows, row_width(self.d_head, dtype), dtype=dtype, device="cpu")
         copy_rows(self.file.chunks(), rows)
         self.weight = nn.Parameter(rows, requires_grad=dtype.is_floating_point)
         self._unchanged = self.weight._version
@@ -823,12 +832,13 @@ class EngramFacts(nn.Module):
             return
         keys, rows = torch.cat([fact.keys for fact in facts]), torch.cat([fact.rows for fact in facts])
         last = {tuple(key): place for place, key in enumerate(keys.tolist())}
-        chosen = torch.tensor([*last.values()], dtype=torch.long)
+        cpu = dict(device="cpu")  # whatever torch.set_default_device says
+        chosen = torch.tensor([*last.values()], dtype=torch.long, **cpu)
         generator = torch.Generator().manual_seed(0)
-        self.multipliers = torch.randint(2**62, (LONGEST_KEY,), generator=generator) * 2 + 1
+        self.multipliers = torch.randint(2**62, (LONGEST_KEY,), generator=generator, **cpu) * 2 + 1
         codes, order = ((keys[chosen] + 1) * self.multipliers).sum(-1).sort()
         self.codes, self.keys, self.lengths = codes, keys[chosen][order], (*sorted({fact.length for fact in facts}),)
-        self.beyond = torch.arange(LONGEST_KEY) < LONGEST_KEY - torch.tensor(self.lengths)[:, None]
+        self.beyond = torch.arange(LONGEST_KEY, **cpu) < LONGEST_KEY - torch.tensor(self.lengths, **cpu)[:, None]
         self.order = chosen[order]  # of the given rows, which a search for them may go on changing
         self.rows = rows[self.order]
         self.to(device)
@@ -931,7 +941,7 @@ class EngramLayer(nn.Module):
         facts written into one graft hold in another of the same Phi."""
         seed, layer_idx, std = self.draw
         generator = torch.Generator().manual_seed((seed * 10007 + layer_idx) * 2 + place)
-        return torch.empty(self.key_proj.weight.shape).normal_(0, std, generator=generator)
+        return torch.empty(self.key_proj.weight.shape, device="cpu").normal_(0, std, generator=generator)
 
     def forward(self, hidden, rows, real=None, cache: Cache | None = None, reach=None) -> torch.Tensor:
         """
@@ -1178,12 +1188,12 @@ def free_ram() -> int:
     return psutil.virtual_memory().available if psutil else 2**62
 
 
-def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[str, str]:
+def choose_place(wanted: str, size: int, to_move: int, on_file: bool, device=None) -> tuple[str, str]:
     """Where the memory's rows go, and why (Spanish).
 
     Args:
         wanted: one of PLACES. size: bytes of rows in memory. on_file: whether a file holds them.
-        to_move: bytes of the model that are yet to go to the GPU.
+        to_move: bytes of the model that are yet to go to the GPU. device: which; None: the present one.
     Raises ValueError: no such place, or no GPU.
     """
     if wanted not in PLACES:
@@ -1194,7 +1204,8 @@ def choose_place(wanted: str, size: int, to_move: int, on_file: bool) -> tuple[s
     giga, room = (f"{count / 1e9:.2f} GB".replace(".", ",") for count in (size, free))
     if wanted in ("gpu", "disco"):
         return wanted, f"ocupa {giga}; así se ha pedido"
-    if wanted == "auto" and gpu and size + to_move < 0.8 * torch.cuda.mem_get_info()[0]:  # the rest is to compute in
+    # A fifth is to compute in.
+    if wanted == "auto" and gpu and size + to_move < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return "gpu", f"ocupa {giga} y cabe en la GPU"
     no_gpu = "" if wanted == "ram" else " no cabe en la GPU;" if gpu else " no hay GPU;"
     if size < 0.9 * free or not on_file:
@@ -1319,6 +1330,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             if bad := bad_table(*source):
                 raise EngramFileError(bad) from error
             raise
+        if name is not None and getattr(model, "_hf_peft_config_loaded", False):
+            source = model.config.name_or_path, *source[1:]  # `name` is an adapter's, which says what it is for
         if getattr(model, "is_quantized", False):
             model._settle_quantised(*(source if empty else ()))
         if empty:
@@ -1354,11 +1367,14 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         size = sum(table.size(kinds[layer_id]) for layer_id, table in tables.items())
         on_file = all(table.file is not None for table in tables.values())
         dense = sum(p.nbytes for name, p in self.named_parameters() if "engram_tables" not in name)
-        place, reason = choose_place(wanted, size, 0 if self.device.type == "cuda" else dense, on_file)
+        there = self.device if self.device.type == "cuda" else None
+        place, reason = choose_place(wanted, size, 0 if there else dense, on_file, there)
         for layer_id, table in tables.items():
-            table.settle(place, kinds[layer_id])
-            if place == "gpu":
-                table.to(self.base_model.layers[int(layer_id)].engram.value_proj.weight.device)
+            device = self.base_model.layers[int(layer_id)].engram.value_proj.weight.device
+            offloaded = place == "gpu" and device.type == "meta"  # by accelerate, which brings the layer alone
+            table.settle("ram" if offloaded else place, kinds[layer_id])
+            if place == "gpu" and not offloaded:
+                table.to(device)
         self.memory_reason = reason
 
     def _settle_quantised(self, name=None, variant=None, hub=None):
@@ -1407,8 +1423,10 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
                     logger.warning(REWRITTEN.format(name, layer_id))
                 elif mixed:  # of an earlier version, whose dense weights' file says nothing
                     raise table.file._bad(f"{OTHER_ROWS} ({MIXED})")
+            elif not lost:
+                logger.warning(f"A «{name}» le faltan las filas de la capa {layer_id}: esa memoria queda sin entrenar.")
             if table.file is None:
-                table.own(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype))
+                table.own(torch.zeros(table.n_rows, table.d_head, dtype=self.dtype, device="cpu"))
                 absent.append(self._table_key(layer_id))
             kinds[layer_id] = min(table.dtype, self.dtype, key=lambda dtype: dtype.itemsize)
         self._place(wanted, kinds)
@@ -1476,15 +1494,22 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
             index_files(folder, suffix, tables)
             if self.can_generate():
                 self.save_facts(folder)
-        if push_to_hub and is_main_process:
+        if push_to_hub and is_main_process and adapter:
             self.push_to_hub(repo.pop("repo_id", folder.name), **repo, **token)
+        elif push_to_hub and is_main_process:  # what was saved, where transformers would save once more, its own way
+            hub, private = HfApi(**token), repo.pop("private", None)
+            repo_id = hub.create_repo(repo.pop("repo_id", folder.name), private=private, exist_ok=True).repo_id
+            own = ["*config.json", "model*", f"{code}.py", "engram_facts*"]
+            lone = f"model{suffix}.safetensors"
+            hub.upload_folder(folder_path=folder, allow_patterns=own, delete_patterns=lone, repo_id=repo_id, **repo)
 
     def push_to_hub(self, repo_id, **kwargs):
         """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""
         pushed = super().push_to_hub(repo_id, **kwargs)
         hub, repo_id = HfApi(token=kwargs.get("token")), pushed.repo_url.repo_id
         revision = pushed.pr_revision or kwargs.get("revision")
-        if hub.file_exists(repo_id, "model.safetensors", revision=revision):
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # pushed alone, beside whatever is there
+        if not adapter and hub.file_exists(repo_id, "model.safetensors", revision=revision):
             hub.delete_file("model.safetensors", repo_id, revision=revision)
         return pushed
 
@@ -1659,7 +1684,7 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
             wanted = config.use_cache if use_cache is None else use_cache
             return DynamicCache(config=config) if wanted else None
         roomy = all(hasattr(cache.layers[i], "conv_states") for i in self._reading() if i < len(cache.layers))
-        if not roomy or len(cache.layers) < config.num_hidden_layers:
+        if not roomy or len(cache.layers) < config.num_hidden_layers or getattr(cache, "offloading", False):
             raise ValueError(
                 "Esta caché no puede guardar el estado de la memoria Engram. Créala con la configuración del modelo: "
                 "DynamicCache(config=model.config) o StaticCache(config=model.config, max_cache_len=…). (La de prefix "
@@ -1895,7 +1920,8 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """transformers' own; refuses, before anything changes, what would answer wrongly or leave the model broken.
 
-        Raises ValueError: rows padded on the right, a cache that is quantised, or an early exit from no layer.
+        Raises ValueError: rows padded on the right, a cache that is quantised or offloaded, a draft with a static one,
+            or an early exit from no layer.
         """
 
         def option(name):
@@ -1903,9 +1929,13 @@ class PhiEngramForCausalLM(PhiEngramPreTrainedModel, GenerationMixin):
             given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             return next((value for value in given if value is not None), None)
 
-        if option("cache_implementation") == "quantized":
-            raise ValueError('cache_implementation="quantized" no puede guardar la memoria Engram. Usa "static".')
-        depth, early = self.config.num_hidden_layers, option("assistant_early_exit")
+        kind, given = option("cache_implementation") or "", kwargs.get("past_key_values", kwargs.get("cache"))
+        if "quantized" in kind or "offloaded" in kind:
+            raise ValueError(f'cache_implementation="{kind}" no puede guardar la memoria Engram. Usa "static".')
+        drafts = [*filter(option, ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))]
+        if drafts and ("static" in kind or isinstance(given, StaticCache)):
+            raise ValueError(f"{drafts[0]} no va con una caché estática, que no se recorta. Quita una de las dos.")
+        depth, early = len(self.model.layers), option("assistant_early_exit")
         if early is not None and not 1 <= early <= depth:
             raise ValueError(f"assistant_early_exit={early} no es una capa: van de 1 a {depth}.")
         ids = kwargs.get("input_ids") if inputs is None else inputs

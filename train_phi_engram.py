@@ -36,7 +36,7 @@ try:
     from engram.rows import ROW_STATES
     from engram.sharing import TRACKERS, check_tracker, on_hub, result_table
     from engram.steps import PHI_1_RECIPE, phi_1_recipe, steps_of_phases
-    from engram.texts import TEXT_SUFFIXES
+    from engram.texts import TEXT_SUFFIXES, check_encoding
     from engram.training import train_model
     from phi1_engram import unpack
 except ImportError as error:
@@ -164,12 +164,7 @@ def parse(argv):
         raise UserError("--optimizador adamw8bit necesita un paquete más. Instálalo con: pip install bitsandbytes")
     if args.plan is None:
         check_tracker(args.registro)
-    if args.codificacion:
-        try:
-            b" ".decode(args.codificacion, "replace")
-        except LookupError:  # or one that is no text's, "hex" say
-            unknown = f"--codificacion {args.codificacion}: no existe. La de los textos antiguos en español es latin-1."
-            raise UserError(unknown) from None
+    check_encoding(args.codificacion)
     if args.datos and args.dataset:
         raise UserError("Elige uno: --datos (archivos tuyos) o --dataset (del Hub).")
     if args.copia and args.copia.startswith(ON_HUB):

@@ -17,8 +17,9 @@ try:
     from transformers import PhiConfig
 
     from engram.checks import note, run_check, verify
-    from engram.console import SpanishParser, UserError, counted, run_script, spanish
+    from engram.console import SpanishParser, UserError, counted, out_of_memory, run_script, spanish
     from engram.opening import about_memory, add_memory_options, add_quantising_option, n_values, open_model
+    from engram.texts import check_encoding
     from engram.trial import check_versions, phi_1_tokenizer, small_model, tokenizer_on_the_spot
     from phi1_engram import PHI_1
 except ImportError as error:
@@ -53,12 +54,15 @@ def main(argv=None) -> int:
         "--datos", metavar="RUTA", help="carpeta o archivo de texto; se mide lo que el entrenamiento "
         "aparta (por defecto, de la biblioteca estándar de Python)",
     )  # fmt: skip
+    depth.add_argument("--codificacion", metavar="NOMBRE", help="de los textos de --datos que no son UTF-8: latin-1")
     depth.add_argument("--bloques", type=int, default=256, metavar="N", help="como mucho N × 256 tokens (%(default)s)")
     options = parser.parse_args(argv)
     if options.profundidad and options.modelo:
         parser.error("elige una: --modelo (comprobarlo) o --profundidad (mirarlo por dentro).")
-    if (options.contra or options.datos or options.bloques != 256) and not options.profundidad:
-        parser.error("--contra, --datos y --bloques acompañan a --profundidad MODELO.")
+    of_depth = options.contra or options.datos or options.codificacion or options.bloques != 256
+    if of_depth and not options.profundidad:
+        parser.error("--contra, --datos, --codificacion y --bloques acompañan a --profundidad MODELO.")
+    check_encoding(options.codificacion)
     if options.bloques < 2:
         parser.error(f"--bloques {options.bloques} no es válido: tiene que ser 2 o más.")
     memory = {"storage": options.memoria, "memory": options.cambiar_memoria}
@@ -74,11 +78,15 @@ def main(argv=None) -> int:
         from engram.report import depth as look_inside
 
         try:
-            look_inside(options.profundidad, options.contra, options.datos, options.bloques, **memory)
-        except torch.OutOfMemoryError:
+            where = options.profundidad, options.contra, options.datos, options.bloques
+            look_inside(*where, encoding=options.codificacion, **memory)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             raise UserError(
-                "No hay suficiente memoria de la GPU. Con --contra hay dos modelos abiertos: quítalo, y si tampoco "
-                "cabe uno, usa la CPU: CUDA_VISIBLE_DEVICES= python verify_phi_engram.py --profundidad …"
+                "No hay suficiente RAM, o memoria de la GPU. Con --contra hay dos modelos abiertos: quítalo, y si "
+                "tampoco cabe uno en la GPU, usa la CPU: CUDA_VISIBLE_DEVICES= python verify_phi_engram.py "
+                "--profundidad …"
             ) from None
         return 0
     start, threads = time.time(), torch.get_num_threads()
@@ -113,7 +121,9 @@ def main(argv=None) -> int:
             f"capas {', '.join(map(str, model.config.engram_layer_ids))}; {precision} en {model.device}"
         )
         good = verify(model, tokenizer, first_step=3)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             "No hay RAM, o memoria de la GPU, suficiente para comprobar este modelo en float32. Reinicia la sesión, no "
             "ejecutes otros modelos a la vez, y si falta en la GPU pruébalo en la CPU: CUDA_VISIBLE_DEVICES= python "

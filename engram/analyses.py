@@ -262,7 +262,8 @@ def table_health(model, sample: Sample) -> dict:
     return dict(
         ngramas={str(order): count for order, count in counts.items()}, capas=layers,
         entrenamiento=dict(
-            tokens=int(stream.size), ngramas={str(order): int(code.max()) + 1 for order, code in trained.items()}
+            tokens=int(stream.size), de=len(sample.train),
+            ngramas={str(order): int(code.max()) + 1 for order, code in trained.items()},
         ),
     )  # fmt: skip
 

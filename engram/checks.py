@@ -5,10 +5,12 @@ if __name__ == "__main__":
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from engram.console import counted, gigabytes, spanish
+from engram.console import counted, gigabytes, out_of_memory, spanish
 from engram.graft import graft_difference
 from engram.opening import n_bytes
 from phi1_engram import (
@@ -63,7 +65,8 @@ def rounding(logits: torch.Tensor, model=None) -> float:
 
     A quantised model may round its activations to 8 bits, of which two orders give neighbouring ones.
     """
-    size = max(1.0, logits.float().abs().max().item() / 10)
+    largest = logits.float().abs().max().item()
+    size = max(1.0, largest / 10) if math.isfinite(largest) else 1.0
     step = 2**-7 if getattr(model, "is_quantized", False) else torch.finfo(logits.dtype).eps
     return max(1e-4, 32 * step) * size
 
@@ -120,7 +123,8 @@ def check_memory_acts(model, ids):
 
 
 def check_projection(tokenizer):
-    """How many entries of the stored vocabulary projection are not those of the tokenizer that goes with the model."""
+    """How many entries of the stored vocabulary projection are not those of the tokenizer that goes with the model, or
+    tell plain tokens apart otherwise than by what is left of them without capitals and white space."""
 
     def check(model, ids):
         config, stored = model.config, model.model.engram_hash.token_map.cpu()
@@ -133,7 +137,16 @@ def check_projection(tokenizer):
         later[list(tokenizer.get_added_vocab().values())] = True
         before = torch.cat((stored.new_tensor([-1]), stored.cummax(0).values[:-1]))
         later &= (stored == stored[config.engram_pad_id]) | (stored > before)
-        wrong = int(((stored != expected) & ~later).sum())
+        bad = (stored != expected) & ~later
+        if config.engram_tokenizer_compression:  # by Python's own means, for texts of which nothing else is folded
+            texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(len(tokenizer))]
+            plain = {i: text for i, text in enumerate(texts) if re.fullmatch(r"[ -~\t\r\n]+", text) and not later[i]}
+            keys = {i: " ".join(text.lower().split()) or " " for i, text in plain.items()}
+            ids = {key: int(stored[i]) for i, key in keys.items()}
+            several = {i for i, n in Counter(ids.values()).items() if n > 1}
+            for i, key in keys.items():
+                bad[i] |= int(stored[i]) != ids[key] or ids[key] in several
+        wrong = int(bad.sum())
         right = f"{spanish(len(stored) - wrong)} de {spanish(len(stored))} entradas son las de su tokenizer"
         return float(wrong), 0.0, right
 
@@ -214,7 +227,8 @@ def check_saved(model, ids):
         for layer_id, table in model.model.engram_tables.items():
             file = folder / TABLE_FILE.format(layer_id)
             saved = TableFile(file, f"model.engram_tables.{layer_id}.weight", table.n_rows, table.d_head)
-            for ours, theirs in zip(table.chunks(table.dtype), saved.chunks(), strict=True):
+            kept = table.file.chunks() if table.weight is None else table.weight.detach().split(saved.step)
+            for ours, theirs in zip(kept, saved.chunks(), strict=True):
                 worst = max(worst, difference(theirs, ours))
         if model.config.tie_word_embeddings:
             lost.discard("lm_head.weight")
@@ -359,9 +373,9 @@ def run_check(step: int, title: str, check, *arguments) -> tuple[float, float, s
     print(f"{step}. {title}", flush=True)
     try:
         result = check(*arguments)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a broken model may raise anything: that is a finding, not a crash
+        if out_of_memory(error):
+            raise
         note(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         result = math.inf, 0.0, "la comprobación se ha roto"
     if result is None:

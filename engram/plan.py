@@ -180,27 +180,29 @@ def table(config, choice, machine) -> str:
     return "\n".join(lines)
 
 
-def advice(config, choice, machine, given=()) -> str:
-    """What to run instead of a choice that does not fit."""
+def advice(config, choice, machine, given=()) -> tuple[str, Choice | None]:
+    """What to run instead of a choice that does not fit, and the choice that it is."""
     if choice.resume is not None:
-        return "Un entrenamiento a medias no cambia de receta: libera sitio y repite la misma orden."
+        return "Un entrenamiento a medias no cambia de receta: libera sitio y repite la misma orden.", None
     found = search(config, choice, machine)
     if not found and choice.keep > 1:
         choice, given = replace(choice, keep=1), [word for word in given if not word.startswith("--conservar")]
         found = search(config, choice, machine)
     if found:
-        return f"Sí cabe: {command(found, machine, given)}"
-    reduced, given = replace(choice, steps=(True, False), lora=0), [word for word in given if word != "--lora"]
+        return f"Sí cabe: {command(found, machine, given)}", found
+    reduced = replace(choice, steps=(True, False), asked=(choice.asked[0], 0), lora=0)
+    given = [word for word in given if word != "--lora"]
     if all(choice.steps) and (found := search(config, reduced, machine)):
-        return f"Cabe la fase 1 sola: {command(found, machine, given)}"
+        return f"Cabe la fase 1 sola: {command(found, machine, given)}", found
     rows = most_rows(config, choice, machine)
     if rows and rows < max(config.engram_vocab_size):
         return (
             f"La tabla es demasiado grande: caben hasta {spanish(rows)} filas por cabeza (hay "
             f"{spanish(max(config.engram_vocab_size))}). Crea una menor: python load_phi_engram.py --filas {rows} "
             "--salida phi1-engram-menor (y --modelo, si tu Phi de partida no es Phi-1)"
-        )
-    return "Ni con la tabla más pequeña cabe aquí. Prueba con otra máquina: python train_phi_engram.py --plan kaggle"
+        ), None
+    other = "Prueba con otra máquina: python train_phi_engram.py --plan kaggle"
+    return f"Ni con la tabla más pequeña cabe aquí. {other}", None
 
 
 def check_length(config, choice: Choice) -> None:
@@ -268,14 +270,19 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         but = f", si basta el {unknown}, del que no hay dato" if unknown else ""
         verdict = f"❌ Fase {phase}: no cabe en {' ni en '.join(places)}" if places else f"✅ Fase {phase}: cabe{but}"
         lines.append(f"{verdict}.")
-    chosen = choice
+    chosen, first = choice, None
+    if name == PHI_1 or (not assumed and read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type):
+        graft = os.path.join(machine.scratch, "phi1-engram" if name == PHI_1 else f"{Path(name).name}-engram")
+        first = f"Antes hay que ponerle la memoria: python load_phi_engram.py --modelo {name} --salida {graft}"
+        given = [f"--modelo {shlex.quote(graft)}", *(word for word in given if not word.startswith("--modelo "))]
     if any(missing.values()):
-        lines.append(advice(config, choice, machine, given))
-        chosen = search(config, choice, machine) or choice
+        words, found = advice(config, choice, machine, given)
+        lines.append(words)
+        chosen = found or choice
     else:
         lines.append(f"Para entrenar: {command(choice, machine, given)}")
     hours = {}  # per million tokens
-    for phase in missing:
+    for phase in (phase for phase in missing if chosen.steps[phase - 1]):
         moving = (machine.gpu > 0) * bytes_per_token(config, chosen, machine, phase) * 1e6 / LINK / 3600
         hours[phase] = flops_per_token(config, chosen, phase) * 1e6 / (machine.flops * machine.cards) / 3600, moving
     lighter = bool(missing.get(2)) and not choice.lora
@@ -309,8 +316,8 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
     if machine.cards > 1 and machine.gpu:
         what = "una parte del modelo" if chosen.shard_model else "el modelo entero"
         lines.append(f"Cada tarjeta guarda {what} y lee sus propios bloques.")
-    if name == PHI_1 or (not assumed and read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type):
-        lines.append(f"Antes hay que ponerle la memoria: python load_phi_engram.py --modelo {name}")
+    if first:
+        lines.append(first)
     if machine.scratch:
         lines.append(f"Modelo de partida en {machine.scratch}: los {giga(machine.disk)} son para lo que se guarda.")
     return "\n".join(lines)
@@ -343,7 +350,7 @@ def check(name, choice: Choice, machine: Machine, given=()) -> None:
             if need > there[place]:
                 raise UserError(
                     f"La fase {phase} necesita {giga(need)} de {place} y hay {giga(there[place])}. No he abierto nada. "
-                    f"{advice(config, choice, machine, given)}   (El detalle: python train_phi_engram.py --plan)"
+                    f"{advice(config, choice, machine, given)[0]}   (El detalle: python train_phi_engram.py --plan)"
                 )
             if place == "RAM" and not machine.gpu and 2 * need > there[place]:
                 steady_allocator()  # it costs time, so only where the gaps might be missed

@@ -91,7 +91,9 @@ def label_tokens(ids: list[int], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return token_kinds.astype(np.uint8), goes_on & (names[ends] != names[starts])
 
 
-def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed: int | None = 0) -> Sample:
+def held_out_blocks(
+    tokenizer, source, n_blocks: int, length: int, seed: int | None = 0, encoding: str | None = None
+) -> Sample:
     """Blocks spread evenly over the part of a corpus that `train_phi_engram.py --semilla` never trains on; None: where
     nobody knows the seed, 0, and it says so.
 
@@ -102,7 +104,7 @@ def held_out_blocks(tokenizer, source, n_blocks: int, length: int, seed: int | N
     """
     from engram.corpus import prepare_corpus
 
-    corpus = prepare_corpus(tokenizer, source, length=0, seed=seed or 0)
+    corpus = prepare_corpus(tokenizer, source, length=0, seed=seed or 0, encoding=encoding)
     doubt = "" if seed is not None else " (si se entrenó con otra, no todo es texto apartado)"
     origin = f"{corpus.name}, la parte que el entrenamiento aparta con la semilla {seed or 0}{doubt}"
     tokens = corpus.held_out

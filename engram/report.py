@@ -145,9 +145,11 @@ def report_gates(numbers):
 
 
 def most_needed(changes) -> str:
-    """Which n-gram order is missed most, if the others are further away than two standard errors."""
+    """Which n-gram order is missed most, if any is, and the others are further away than two standard errors."""
     orders = sorted(((*pair, key) for key, pair in changes.items() if key.startswith("sin orden")), reverse=True)
     (mean, error, key), *others = orders
+    if mean <= 2 * error:
+        return "Ninguno de los órdenes hace claramente falta."
     if all(mean - less > 2 * math.hypot(error, noise) for less, noise, _ in others):
         return f"El que más falta hace: el {key.removeprefix('sin ')}."
     return "Entre los órdenes hay empate: ninguno hace claramente más falta."
@@ -208,14 +210,19 @@ def report_tables(numbers):
     if train["tokens"]:
         yield (
             "Para elegir `engram_vocab_size` cuenta el texto con que se entrena. En la parte de entrenar de este "
-            f"corpus ({spanish(train['tokens'])} tokens), % de n-gramas que compartirían fila en una cabeza, con "
-            "tablas como estas y mayores (calculado, no medido):"
+            f"corpus ({spanish(train['tokens'])} tokens{first_of(train)}), % de n-gramas que compartirían fila en una "
+            "cabeza, con tablas como estas y mayores (calculado, no medido):"
         )
         rows = [
             [order, spanish(count), *(spanish(100 * foretold_sharing(count, m * sizes[order]), 1) for m in SIZES)]
             for order, count in train["ngramas"].items()
         ]
         yield markdown_table(["orden", "n-gramas distintos", *(f"tablas × {m}" for m in SIZES)], rows)
+
+
+def first_of(train: dict) -> str:
+    """That more of the text is trained on than was counted, and with it more n-grams share rows."""
+    return f", los primeros de {spanish(train['de'])}: con todos serían más" if train["de"] > train["tokens"] else ""
 
 
 def report_short(numbers):
@@ -308,7 +315,7 @@ def check_place(output):
 
 
 def depth(
-    name, contra=None, source=None, n_blocks: int = BLOCKS, output=OUTPUT, storage="auto", memory=None
+    name, contra=None, source=None, n_blocks: int = BLOCKS, output=OUTPUT, storage="auto", memory=None, encoding=None
 ) -> dict:
     """Analyse the model `name` and leave pictures, `numeros.json` and `informe.md` in the folder `output`.
 
@@ -318,7 +325,7 @@ def depth(
             with its memory off. Only another Phi takes memory of its own.
         source: folder or file of text; by default what the demo's memory has learned, for its model, or the Python
             standard library.
-        storage, memory: as in `open_model`.
+        storage, memory: as in `open_model`. encoding: of texts that are not UTF-8.
     Returns:
         the numbers, as in the JSON.
     Raises:
@@ -338,7 +345,7 @@ def depth(
         library = of_demo(name).get("library") if source is None else None
         source = package_folder(library) if library else source
         length = min(LENGTH, model.config.max_position_embeddings)
-        sample = held_out_blocks(tokenizer, source, n_blocks, length, trained_seed(name))
+        sample = held_out_blocks(tokenizer, source, n_blocks, length, trained_seed(name), encoding)
         print(f"   Texto: {sample.origin}.\n   Comparado con {against}.", flush=True)
         numbers = dict(
             modelo=Path(name).name, contra=against, gemelo="sin memoria" if twin is None else "control",

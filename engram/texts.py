@@ -60,6 +60,15 @@ class Piece(NamedTuple):
     last: bool  # the document ends with it
 
 
+def check_encoding(name: str | None):
+    """Raises UserError: there is no such encoding of text."""
+    try:
+        b" ".decode(name or "utf-8", "replace")
+    except LookupError:  # or one that is no text's, "hex" say
+        cure = "La de los textos antiguos en español es latin-1."
+        raise UserError(f"--codificacion {name}: no existe. {cure}") from None
+
+
 def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
@@ -292,8 +301,9 @@ def dataset_documents(name: str, skipped: Skipped):
                 yield from _split(text_field(row))
             else:
                 skipped.add(f"{name}:{number}", "vacío")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the latter of one that is a program
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"No se pudo leer el dataset '{name}' del Hub ({type(error).__name__}). Comprueba el nombre y la conexión, "
-            "o usa archivos tuyos con --datos CARPETA."
+            f"No se pudo leer el dataset '{name}' del Hub ({reason}). Comprueba el nombre y la conexión, o usa otro, o "
+            "archivos tuyos con --datos CARPETA."
         ) from error

@@ -352,7 +352,7 @@ def test_collisions_and_untrained_lookups_counted_by_hand(make_model):
         norms = own[own.any(1)].norm(dim=1)
         assert found["norma"] == pytest.approx(norms.mean().item(), rel=1e-5)
         assert found["filas_entrenadas"] == pytest.approx(len(norms) / len(own))
-    assert health["entrenamiento"] == {"tokens": 0, "ngramas": {}}
+    assert health["entrenamiento"] == {"tokens": 0, "de": 0, "ngramas": {}}
 
 
 def test_foretold_sharing_is_what_chance_gives():
@@ -469,6 +469,7 @@ def test_reports_say_what_the_numbers_say():
     assert "**No se ve" in lens_report((-0.1, 0.01), (-0.1, 0.09), (0, 0))  # within two errors
     assert "no cambia nada" in lens_report((0, 0), (0, 0), (0, 0))
     assert "más falta hace: el orden 3" in reports.most_needed({"sin orden 2": (0.1, 0.01), "sin orden 3": (0.2, 0.01)})
+    assert "Ninguno" in reports.most_needed({"sin orden 2": (-0.05, 0.001), "sin orden 3": (-0.2, 0.001)})
     assert "hay empate" in reports.most_needed({"sin orden 2": (0.19, 0.01), "sin orden 3": (0.2, 0.01)})
     assert reports.signed(-0.0001) == "0,000" and reports.signed(-1.25, 1) == "−1,2"
     assert reports.visible("a `\n|") == "`a·ˋ↵¦`"

@@ -402,10 +402,14 @@ def test_caches_that_transformers_makes_without_room_for_the_memory(make_model):
     model = make_model()
     ids = helpers.random_ids(model, 1, 7)
     expected, before = generate(model, ids, max_new_tokens=6).sequences, model.generation_config.to_dict()
+    static = StaticCache(config=model.config, max_cache_len=20)
     for call, message in (
         (lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=3), "La generación por lotes continuos"),
         (lambda: model.generate(ids, cache_implementation="paged"), "La generación por lotes continuos"),
         (lambda: model.generate(ids, cache_implementation="quantized"), 'cache_implementation="quantized" no puede'),
+        (lambda: model.generate(ids, cache_implementation="offloaded"), 'cache_implementation="offloaded" no puede'),
+        (lambda: model.generate(ids, cache_implementation="static", prompt_lookup_num_tokens=3), "caché estática"),
+        (lambda: model.generate(ids, past_key_values=static, assistant_model=model), "assistant_model no va con"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

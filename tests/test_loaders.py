@@ -1,10 +1,12 @@
 """Whoever reads a saved folder by the conventions of others gets the rows too, or an error."""
 
+import copy
 import json
 import os
 import shutil
 import stat
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import AutoModel, PhiForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import helpers
+import phi1_engram
 from engram.copies import copy_folder
 from engram.folders import whole_folder
 from engram.memories import save_memory
@@ -259,6 +262,62 @@ def test_a_variant_has_rows_of_its_own(saved, tmp_path, size):
     assert torch.equal(logits(small), logits(opened(folders["int8"]))) and not info["missing_keys"]
     assert small.model.engram_tables["1"].dtype == torch.int8
     assert not info["unexpected_keys"] and not (tmp_path / "both" / "model.chico.safetensors").exists()
+
+
+@pytest.mark.parametrize("order", [("chico", None, "chico"), (None, "chico", None)])
+def test_a_later_save_leaves_another_variant_as_it_was(saved, tmp_path, order):
+    model, folders = saved
+    for variant in order:
+        model.save_pretrained(tmp_path, variant=variant)
+    for variant in (None, "chico"):
+        again, info = opened(tmp_path, variant=variant, output_loading_info=True)
+        assert torch.equal(logits(again), logits(model)) and not info["missing_keys"]
+
+
+def test_rows_that_are_nowhere_are_told(saved, tmp_path, monkeypatch):
+    """Of weights that somebody else's program saved without them."""
+    shutil.copytree(saved[1]["float32"], tmp_path / "it")
+    index = tmp_path / "it" / "model.safetensors.index.json"
+    text = json.loads(index.read_text())
+    text["weight_map"] = {key: file for key, file in text["weight_map"].items() if "engram_tables" not in key}
+    index.write_text(json.dumps(text))
+    for file in (tmp_path / "it").glob("model-engram-*"):
+        file.unlink()
+    said = []
+    monkeypatch.setattr(phi1_engram.logger, "warning", said.append)
+    opened(tmp_path / "it")
+    assert len(said) == 2 and all("le faltan las filas de la capa" in text for text in said)
+
+
+def test_a_default_device_changes_nothing_in_what_is_drawn(saved):
+    """As Phi's own card begins: torch.set_default_device("cuda")."""
+    layer = saved[0].model.layers[1].engram
+    with torch.device("meta"):
+        drawn, facts = layer.fresh_projection(0), phi1_engram.EngramFacts()
+        keys = torch.zeros(1, phi1_engram.LONGEST_KEY, dtype=torch.long, device="cpu")
+        rows = torch.ones(1, 4, device="cpu")
+        facts.set([phi1_engram.Fact("a", "b", 1, 3, keys, rows, {}, {})])
+    assert drawn.device.type == "cpu" and torch.equal(drawn, layer.fresh_projection(0))
+    assert {buffer.device.type for buffer in facts.buffers()} == {"cpu"}
+
+
+def test_a_copy_is_made_while_rows_are_on_their_way(saved):
+    model = copy.deepcopy(saved[0])
+    table = model.model.engram_tables["1"]
+    table._stream = table._coming = Lock()  # as a stream and a future, which cannot be copied
+    again = copy.deepcopy(model)
+    assert table._stream and again.model.engram_tables["1"]._stream is None
+    assert torch.equal(logits(again), logits(saved[0]))
+
+
+def test_rows_beside_an_offloaded_layer_stay_in_ram(saved, monkeypatch):
+    """Its weights are on "meta", where rows would be lost."""
+    model = copy.deepcopy(saved[0])
+    model.model.layers[1].engram.value_proj.to("meta")
+    monkeypatch.setattr(phi1_engram, "choose_place", lambda *_: ("gpu", ""))
+    model.move_memory("gpu")
+    assert {i: table.place for i, table in model.model.engram_tables.items()}["1"] == "ram"
+    assert not any(table.weight.is_meta for table in model.model.engram_tables.values())
 
 
 def test_a_variant_of_an_earlier_version_opens(saved, tmp_path):

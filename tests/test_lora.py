@@ -326,8 +326,9 @@ def test_the_plan_counts_what_lora_takes(make_config, recompute, monkeypatch):
     with monkeypatch.context() as patch:  # where only phase 1 fits, which has no adapter
         tried = []
         patch.setattr("engram.plan.search", lambda _, one, __: tried.append(one) or (None if one.steps[1] else one))
-        words = advice(config, Choice(lora=8), HERE, ["--lora", "--semilla 3"])
+        words, found = advice(config, Choice(lora=8), HERE, ["--lora", "--semilla 3"])
     assert tried[-1].lora == 0  # nor the small folder
+    assert found.steps == (True, False) and found.asked == (None, 0)  # whose hours are what the plan then says
     assert "--lora" not in words and words.endswith("--semilla 3 --lote 2 --longitud 512 --acumular 8 --pasos-fase2 0")
     assert "Con --lora (un adaptador" in plan("phi1-engram", Choice(), named_machine("t4"))
     assert "Con --lora (un adaptador" not in plan("phi1-engram", Choice(lora=8), named_machine("t4"))

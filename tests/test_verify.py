@@ -252,6 +252,33 @@ def test_saving_that_loses_or_changes_a_tensor(capsys, monkeypatch, model):
     assert "model.engram_hash.multipliers" in capsys.readouterr().out
 
 
+def test_a_large_table_of_half_precision_is_read_back_in_pieces_of_one_size(make_model, tmp_path, monkeypatch, capsys):
+    """Which are as many bytes: of other rows where those of the file are narrower than float32's."""
+    make_model().half().save_pretrained(tmp_path)
+    opened = phi1_engram.PhiEngramForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert next(iter(opened.model.engram_tables.values())).dtype == torch.float16
+    monkeypatch.setattr(phi1_engram, "CHUNK", 2**10)
+    monkeypatch.setattr(checks, "_free_memory", lambda device: 0)
+    assert checks.check_saved(opened, checks.probe(opened, None)) == (0.0, 0.0)
+
+
+def test_numbers_that_are_not_finite_are_within_no_tolerance():
+    assert checks.rounding(torch.tensor([1.0, float("inf")])) == 1e-4
+
+
+def test_a_projection_that_tells_capitals_apart_is_found_out(make_model, small_tokenizer, monkeypatch):
+    """Made and checked by the same mistaken function."""
+    def case_kept(tokenizer, vocab_size, pad_id):
+        return torch.arange(vocab_size)
+
+    size = dict(vocab_size=len(small_tokenizer), engram_tokenizer_compression=True)
+    assert checks.check_projection(small_tokenizer)(make_model(tokenizer=small_tokenizer, **size), None)[0] == 0
+    monkeypatch.setattr(phi1_engram, "vocabulary_projection", case_kept)
+    monkeypatch.setattr(checks, "vocabulary_projection", case_kept)
+    mistaken = make_model(tokenizer=small_tokenizer, **size)
+    assert checks.check_projection(small_tokenizer)(mistaken, None)[0] > 10
+
+
 def test_saved_code_that_does_not_open(capsys, monkeypatch, model):
     save = phi1_engram.PhiEngramForCausalLM.save_pretrained
 
