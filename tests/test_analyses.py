@@ -305,6 +305,10 @@ def test_a_short_text_is_taken_whole_and_a_tiny_one_refused(small_tokenizer, wor
     (workplace / "dos.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="demasiado corto"):
         probes.held_out_blocks(small_tokenizer, "dos.py", 16, 64)
+    (workplace / "tres.txt").write_bytes("año, camión y niño\n".encode("latin-1") * 300)
+    with pytest.raises(UserError, match="--codificacion latin-1"):
+        probes.held_out_blocks(small_tokenizer, "tres.txt", 16, 64)
+    assert len(probes.held_out_blocks(small_tokenizer, "tres.txt", 16, 64, encoding="latin-1").ids) > 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,9 +514,14 @@ def test_twins_that_do_not_fit(capsys, models, workplace, small_tokenizer, make_
 
 
 def test_flags_that_go_together(capsys, models):
-    for flags in (("--contra", "x"), ("--modelo", "x", "--profundidad", "x"), ("--profundidad", "x", "--bloques", "0")):
+    for flags in (
+        ("--contra", "x"), ("--modelo", "x", "--profundidad", "x"), ("--profundidad", "x", "--bloques", "0"),
+        ("--codificacion", "latin-1"),
+    ):  # fmt: skip
         code, _, err = run_main(capsys, *flags)
         assert code == 2 and "❌" in err
+    code, _, err = run_main(capsys, "--profundidad", "x", "--codificacion", "nada")
+    assert code == 1 and "--codificacion nada: no existe" in err
     code, _, err = run_main(capsys, "--profundidad", models / "no-está")
     assert code == 1 and err.startswith("❌ No existe la carpeta")
 
