@@ -472,15 +472,19 @@ class TableFile:
         return EngramFileError(f"El archivo de la memoria {self.path} no sirve: {why}. Vuelve a copiarlo o a crearlo.")
 
     def _at(self, offset: int, size: int) -> bytearray:
-        if PREAD:
-            data = bytearray(os.pread(self.file.fileno(), size, offset))
-        else:
-            with self.lock:
-                self.file.seek(offset)
-                data = bytearray(self.file.read(size))
+        data = bytearray()
+        while piece := self._piece(offset + len(data), size - len(data)):  # network drives give less than asked
+            data += piece
         if len(data) != size:
             raise self._bad("se corta antes de tiempo")
         return data
+
+    def _piece(self, offset: int, size: int) -> bytes:
+        if PREAD:
+            return os.pread(self.file.fileno(), size, offset)
+        with self.lock:
+            self.file.seek(offset)
+            return self.file.read(size)
 
     def read(self, row_ids: np.ndarray) -> torch.Tensor:
         """int64 [n] -> rows as stored [n, row_width]."""
@@ -489,7 +493,7 @@ class TableFile:
         clock, watched = time.perf_counter(), len(offsets) > 64 and hasattr(os, "posix_fadvise")
         try:
             for i, offset in enumerate(offsets):
-                pieces.append(os.pread(descriptor, size, offset) if PREAD else self._at(offset, size))
+                pieces.append(os.pread(descriptor, size, offset) if PREAD else self._piece(offset, size))
                 if i == 31 and watched and time.perf_counter() - clock > 2e-3:
                     # That came from the disk, not from its cache: let it work on all of them at once.
                     for later in offsets[i:]:
@@ -567,22 +571,22 @@ def as_any_new_file(path: Path):
     probe.unlink()
 
 
-def index_files(folder: Path, suffix: str, tables: list[Path]):
+def index_files(folder: Path, suffix: str, tables: list[Path]) -> list[Path]:
     """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
 
     A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
-    Tables of an earlier save go. `suffix`: of a variant, with its dot.
+    Tables of an earlier save go. `suffix`: of a variant, with its dot. Returns the index and the files that it names.
     """
     single, weight_map, size = folder / f"model{suffix}.safetensors", {}, 0
-    shards = [*folder.glob(f"model{suffix}-?????-of-?????.safetensors")]
-    # Of a variant not called a shard: transformers deletes those of every variant when it saves without one.
-    lone = folder / f"model{suffix}{'-phi' if suffix else '-00001-of-00001'}.safetensors"
-    if shards:  # those of an earlier save went when this one was made
-        for old in {single, lone} - {*shards}:
-            old.unlink(missing_ok=True)
-    else:
-        shards = [lone]
-        os.replace(single, lone)
+    shards = sorted(folder.glob(f"model{suffix}-?????-of-?????.safetensors"))
+    if shards:  # those of an earlier save went when these were made
+        single.unlink(missing_ok=True)
+    written, shards = shards or [single], []
+    for number, path in enumerate(written, 1):
+        # Of a variant under another name: transformers deletes shards of all variants when it saves without one.
+        name = f"model{suffix}-phi-{number:05}" if suffix else f"model-{number:05}-of-{len(written):05}"
+        shards.append(folder / f"{name}.safetensors")
+        os.replace(path, shards[-1])
     for path in (*shards, *tables):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -592,9 +596,12 @@ def index_files(folder: Path, suffix: str, tables: list[Path]):
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True)
     temporary = folder / f"model.safetensors.index{suffix}.{os.getpid()}.tmp"
     temporary.write_text(f"{text}\n", encoding="utf-8")
-    os.replace(temporary, folder / f"model.safetensors.index{suffix}.json")
-    for path in {*folder.glob(f"model{suffix}-engram-*.safetensors")} - {*tables}:
-        path.unlink()
+    index = folder / f"model.safetensors.index{suffix}.json"
+    os.replace(temporary, index)
+    for part in ("engram", "phi") if suffix else ("engram",):
+        for path in {*folder.glob(f"model{suffix}-{part}-*.safetensors")} - {*tables, *shards}:
+            path.unlink()
+    return [index, *shards, *tables]
 
 
 def _new_reader():
@@ -1447,7 +1454,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         engram_precision: str | None = None, **kwargs,
     ):  # fmt: skip
         """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
-        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
+        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too. With
+        `push_to_hub` what was saved goes up as it is, and no card.
 
         `engram_precision`: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
 
@@ -1491,7 +1499,7 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         finally:
             self.hf_quantizer = quantiser
         if tables:
-            index_files(folder, suffix, tables)
+            indexed = index_files(folder, suffix, tables)
             if self.can_generate():
                 self.save_facts(folder)
         if push_to_hub and is_main_process and adapter:
@@ -1499,9 +1507,10 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         elif push_to_hub and is_main_process:  # what was saved, where transformers would save once more, its own way
             hub, private = HfApi(**token), repo.pop("private", None)
             repo_id = hub.create_repo(repo.pop("repo_id", folder.name), private=private, exist_ok=True).repo_id
-            own = ["*config.json", "model*", f"{code}.py", "engram_facts*"]
-            lone = f"model{suffix}.safetensors"
-            hub.upload_folder(folder_path=folder, allow_patterns=own, delete_patterns=lone, repo_id=repo_id, **repo)
+            own = ["config.json", "generation_config.json", f"{code}.py", *(path.name for path in indexed)]
+            own += [path.name for path in folder.glob("engram_facts*")]
+            old = [f"model{suffix}.safetensors", "engram_facts*"]
+            hub.upload_folder(folder_path=folder, allow_patterns=own, delete_patterns=old, repo_id=repo_id, **repo)
 
     def push_to_hub(self, repo_id, **kwargs):
         """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""

@@ -221,7 +221,7 @@ class Chat:
 
     def ask(self, text: str) -> Question:
         seed = torch.Generator().seed() if self.seed is None else self.seed  # known, to be answered a second time
-        return Question(text, self.turns, self.code, seed)
+        return Question(readable(text), self.turns, self.code, seed)
 
     def answer(self, text: str, write) -> str:
         """Answer `text`, giving each piece to `write` as it comes, and keep both in the conversation.
@@ -324,6 +324,7 @@ class Chat:
         Raises:
             FactError: it was not taken, and nothing has changed.
         """
+        prompt, answer = readable(prompt), readable(answer)
         if self.code:
             lessons = [self.teaching.lesson(literal(prompt), line_of_code(answer))]
         else:
@@ -333,7 +334,7 @@ class Chat:
 
     def learn_answer(self, answer: str, progress) -> list[Fact]:
         """Teach what the last question should have been answered; raises as `learn`."""
-        question = self.question
+        question, answer = self.question, readable(answer)
         if question.code:  # which went to the model as it was
             one = self.teaching.lesson(question.text, line_of_code(answer))
         else:

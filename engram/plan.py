@@ -272,9 +272,11 @@ def plan(name, choice: Choice, machine: Machine, given=()) -> str:
         lines.append(f"{verdict}.")
     chosen, first = choice, None
     if name == PHI_1 or (not assumed and read_config(find_model(name))["model_type"] != PhiEngramConfig.model_type):
-        graft = os.path.join(machine.scratch, "phi1-engram" if name == PHI_1 else f"{Path(name).name}-engram")
-        first = f"Antes hay que ponerle la memoria: python load_phi_engram.py --modelo {name} --salida {graft}"
-        given = [f"--modelo {shlex.quote(graft)}", *(word for word in given if not word.startswith("--modelo "))]
+        named = "phi1-engram" if name == PHI_1 else f"{Path(name).resolve().name}-engram"
+        graft = shlex.quote(os.path.join(machine.scratch, named))
+        load = f"python load_phi_engram.py --modelo {shlex.quote(name)} --salida {graft}"
+        first = f"Antes hay que ponerle la memoria: {load}"
+        given = [f"--modelo {graft}", *(word for word in given if not word.startswith("--modelo "))]
     if any(missing.values()):
         words, found = advice(config, choice, machine, given)
         lines.append(words)

@@ -148,7 +148,7 @@ def most_needed(changes) -> str:
     """Which n-gram order is missed most, if any is, and the others are further away than two standard errors."""
     orders = sorted(((*pair, key) for key, pair in changes.items() if key.startswith("sin orden")), reverse=True)
     (mean, error, key), *others = orders
-    if mean <= 2 * error:
+    if all(mean <= 2 * error for mean, error, _ in orders):
         return "Ninguno de los órdenes hace claramente falta."
     if all(mean - less > 2 * math.hypot(error, noise) for less, noise, _ in others):
         return f"El que más falta hace: el {key.removeprefix('sin ')}."

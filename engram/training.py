@@ -7,7 +7,7 @@ import errno
 import hashlib
 import re
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -170,8 +170,9 @@ class Training:
                     self.write(None)
             except Exception as error:
                 failure = error
-            if main and not self.writing:
-                broadcast_object_list([None])  # the others wait for the folder
+            if main and not self.writing:  # the others wait for the folder
+                with suppress(Exception):
+                    self.write(None)
             if in_any_process(failure is not None, self.accelerator.device):
                 # Of a full disk the main process speaks alone: it knows which checkpoint is left.
                 raise failure if failure and (main or not no_space(failure)) else SystemExit(1)
@@ -182,6 +183,16 @@ class Training:
             prune(checkpoint, self.saving["keep"])
             if self.copies:
                 self.copies.send(checkpoint)
+
+    @contextmanager
+    def copied_to_the_end(self):
+        """Whatever ends the training, the copy that has begun is finished: if the machine goes, it is all there is."""
+        try:
+            yield
+        except BaseException:
+            if self.copies:
+                self.copies.wait()
+            raise
 
     # ----- a phase
 
@@ -251,8 +262,6 @@ class Training:
             if wish == 2 or last or (step < steps and (wish or step % self.saving["steps"] == 0)):
                 self.save(stop, phase=phase, step=step, seconds=before + spent)
             if wish == 2:
-                if self.copies:
-                    self.copies.wait()
                 raise KeyboardInterrupt
 
         seconds = before + run_steps(
@@ -335,7 +344,7 @@ def train_model(
     if recipe.recompute:
         recompute_activations(model)
     tables = TrainedTables(model, recipe.row_state, recipe.processes, recipe.shard_rows, accelerator.device)
-    with stop_requests() as stop, tables, memory_share(model) as training.share:
+    with training.copied_to_the_end(), stop_requests() as stop, tables, memory_share(model) as training.share:
         training.tables = tables
         model.to(accelerator.device)
         for phase in (1, 2):
@@ -353,7 +362,8 @@ def train_model(
         try:
             if output.exists() and not (output / LOG).exists():  # not this training's, half discarded
                 raise UserError(f"{output}/ no estaba al empezar y no la voy a pisar: cámbiale el nombre.")
-            save_trained(model, tokenizer, outcome, output, repo)
+            with training.copied_to_the_end():
+                save_trained(model, tokenizer, outcome, output, repo)
             if training.copies:
                 training.copies.finish(output)
         except UserError as error:

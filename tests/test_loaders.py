@@ -265,10 +265,15 @@ def test_a_variant_has_rows_of_its_own(saved, tmp_path, size):
 
 
 @pytest.mark.parametrize("order", [("chico", None, "chico"), (None, "chico", None)])
-def test_a_later_save_leaves_another_variant_as_it_was(saved, tmp_path, order):
+@pytest.mark.parametrize("sizes", [("50GB", "50GB", "50GB"), ("20KB", "20KB", "50GB"), ("50GB", "20KB", "20KB")])
+def test_a_later_save_leaves_another_variant_as_it_was(saved, tmp_path, order, sizes):
     model, folders = saved
-    for variant in order:
-        model.save_pretrained(tmp_path, variant=variant)
+    for variant, size in zip(order, sizes):
+        model.save_pretrained(tmp_path, variant=variant, max_shard_size=size)
+    indexed = set()
+    for variant in ("", ".chico"):
+        indexed |= {*index_of(tmp_path, variant)["weight_map"].values()}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == indexed
     for variant in (None, "chico"):
         again, info = opened(tmp_path, variant=variant, output_loading_info=True)
         assert torch.equal(logits(again), logits(model)) and not info["missing_keys"]

@@ -146,7 +146,7 @@ def test_every_cell_runs(path, tmp_path, monkeypatch, capsys):
     assert "✅" in of("verify_phi_engram.py") and "❌" not in of("verify_phi_engram.py")
     assert "✅ Injerto exacto" in of("load_phi_engram.py")
     assert "¡Hasta luego!" in of("open_for_chat") and "1  La capital de Zubrowka es => Lutz" in of("kept_in")
-    assert "✅ Guardado en phi1-engram-trained/" in of("--datos")
+    assert "✅ Guardado en phi1-engram-trained/" in of("--acumular")
     assert "phi1-engram-trained:" in [text for cell, text in said if "--pregunta" in cell][1]
     looked = next(cell for cell in notebook.cells if "display(Markdown" in cell.source).outputs
     kinds = [kind for output in looked for kind in output["data"] if kind in ("text/markdown", "image/png")]

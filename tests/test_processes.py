@@ -66,6 +66,7 @@ run_script(train.main)
     process = helpers.together(2, script, *words, cwd=tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode and "❌ Aquí no se puede escribir." in errors
+    assert "training.py" not in errors  # the other ends in silence; the traceback is the launcher's own
 
 
 @pytest.mark.parametrize("wishes", [(2,), (4, "shard"), (2, "parts", "stays", "scaled")], ids=str)
