@@ -250,8 +250,8 @@ def test_the_script_trains_is_cut_and_resumes(grafted, code, corpus_cache, tmp_p
     assert script(train.main, *words, "--salida", "uno") == 0
     write, cut = Training.save, []
 
-    def cutting(self, **position):
-        write(self, **position)
+    def cutting(self, stop, **position):
+        write(self, stop, **position)
         if (position["phase"], position["step"]) == (2, 1) and not cut:
             cut.append(position)
             raise KeyboardInterrupt
