@@ -571,11 +571,11 @@ def as_any_new_file(path: Path):
     probe.unlink()
 
 
-def index_files(folder: Path, suffix: str, tables: list[Path]) -> list[Path]:
+def index_files(folder: Path, suffix: str, tables: list[Path]):
     """Finish what transformers has just saved: an index names every tensor's file, and those of `tables` too.
 
     A lone "model.safetensors" becomes a shard, because every loader takes a file of that name for the whole model.
-    Tables of an earlier save go. `suffix`: of a variant, with its dot. Returns the index and the files that it names.
+    Tables of an earlier save go. `suffix`: of a variant, with its dot.
     """
     single, weight_map, size = folder / f"model{suffix}.safetensors", {}, 0
     shards = sorted(folder.glob(f"model{suffix}-?????-of-?????.safetensors"))
@@ -596,12 +596,10 @@ def index_files(folder: Path, suffix: str, tables: list[Path]) -> list[Path]:
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True)
     temporary = folder / f"model.safetensors.index{suffix}.{os.getpid()}.tmp"
     temporary.write_text(f"{text}\n", encoding="utf-8")
-    index = folder / f"model.safetensors.index{suffix}.json"
-    os.replace(temporary, index)
+    os.replace(temporary, folder / f"model.safetensors.index{suffix}.json")
     for part in ("engram", "phi") if suffix else ("engram",):
         for path in {*folder.glob(f"model{suffix}-{part}-*.safetensors")} - {*tables, *shards}:
             path.unlink()
-    return [index, *shards, *tables]
 
 
 def _new_reader():
@@ -1454,15 +1452,17 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         engram_precision: str | None = None, **kwargs,
     ):  # fmt: skip
         """transformers' own, with the rows of each Engram layer in a file of its own, written some at a time, and an
-        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too. With
-        `push_to_hub` what was saved goes up as it is, and no card.
+        index that names them beside the other tensors, so that whoever loads a sharded checkpoint loads them too.
 
         `engram_precision`: "float32", "float16", "bfloat16" or "int8"; by default that which the rows have.
 
-        Raises ValueError: no such precision; pickled weights in the folder; or a model inside an adapter of peft.
+        Raises ValueError: no such precision; pickled weights in the folder; a model inside an adapter of peft; or
+            `push_to_hub` with a precision, a variant or other weights, none of which it would heed.
         """
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
+        if push_to_hub and (engram_precision or variant or state_dict is not None):  # it saves once more, its own way
+            raise ValueError(f"push_to_hub subiría otra cosa. Guarda sin él y después: hf upload NOMBRE {save_directory}")
         code = __name__.split(".")[-1]  # either class opens what the other one saved
         classes = {"AutoModel": f"{code}.PhiEngramModel", "AutoModelForCausalLM": f"{code}.PhiEngramForCausalLM"}
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
@@ -1499,18 +1499,11 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         finally:
             self.hf_quantizer = quantiser
         if tables:
-            indexed = index_files(folder, suffix, tables)
+            index_files(folder, suffix, tables)
             if self.can_generate():
                 self.save_facts(folder)
-        if push_to_hub and is_main_process and adapter:
+        if push_to_hub and is_main_process:
             self.push_to_hub(repo.pop("repo_id", folder.name), **repo, **token)
-        elif push_to_hub and is_main_process:  # what was saved, where transformers would save once more, its own way
-            hub, private = HfApi(**token), repo.pop("private", None)
-            repo_id = hub.create_repo(repo.pop("repo_id", folder.name), private=private, exist_ok=True).repo_id
-            own = ["config.json", "generation_config.json", f"{code}.py", *(path.name for path in indexed)]
-            own += [path.name for path in folder.glob("engram_facts*")]
-            old = [f"model{suffix}.safetensors", "engram_facts*"]
-            hub.upload_folder(folder_path=folder, allow_patterns=own, delete_patterns=old, repo_id=repo_id, **repo)
 
     def push_to_hub(self, repo_id, **kwargs):
         """transformers' own. A lone "model.safetensors" of an earlier version goes: loaders would prefer it."""

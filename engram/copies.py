@@ -37,7 +37,7 @@ class Copies:
         self.going = None
 
     def send(self, checkpoint: Path):
-        """Begin to copy a whole checkpoint; whoever ends the program meanwhile does not wait for it."""
+        """Begin to copy a whole checkpoint. The program can end without it: whoever wants it there waits."""
         self.going = Future()
         threading.Thread(target=self._tell, args=(self.going, checkpoint), daemon=True).start()
 

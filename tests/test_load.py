@@ -429,14 +429,10 @@ AT_THE_HUB = f"""if True:
     api.create_repo("usuario/empujado", private=True)
     api.upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="usuario/empujado")
     model.push_to_hub("usuario/empujado", private=True, token="hf_prueba")
-    how = dict(push_to_hub=True, repo_id="usuario/ocho", private=True, token="hf_prueba")
-    model.save_pretrained("ocho", engram_precision="int8", **how)
     ids = torch.tensor([[1, 2, 3]])
     os.environ["HF_TOKEN"] = "hf_prueba"  # private repositories from here on
     again, tokenizer = open_model("usuario/subido")
     assert tokenizer.chat_template and torch.equal(again(ids).logits, model(ids).logits)
-    eight = transformers.AutoModelForCausalLM.from_pretrained("usuario/ocho", trust_remote_code=True)
-    assert all(table.dtype == torch.int8 for table in eight.model.engram_tables.values())
     for name in ("usuario/subido", "usuario/empujado"):
         other = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
         assert torch.equal(other(ids).logits, model(ids).logits)

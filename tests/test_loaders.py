@@ -279,6 +279,13 @@ def test_a_later_save_leaves_another_variant_as_it_was(saved, tmp_path, order, s
         assert torch.equal(logits(again), logits(model)) and not info["missing_keys"]
 
 
+@pytest.mark.parametrize("how", [dict(engram_precision="int8"), dict(variant="chico"), dict(state_dict={})])
+def test_what_would_go_to_the_hub_otherwise_than_it_is_saved_is_refused(saved, tmp_path, how):
+    with pytest.raises(ValueError, match="push_to_hub subiría otra cosa.*hf upload"):
+        saved[0].save_pretrained(tmp_path / "it", push_to_hub=True, **how)
+    assert not (tmp_path / "it").exists()
+
+
 def test_rows_that_are_nowhere_are_told(saved, tmp_path, monkeypatch):
     """Of weights that somebody else's program saved without them."""
     shutil.copytree(saved[1]["float32"], tmp_path / "it")
