@@ -1462,7 +1462,8 @@ class PhiEngramPreTrainedModel(PreTrainedModel):
         if engram_precision not in (None, *PRECISIONS):
             raise ValueError(f"engram_precision={engram_precision!r} no existe: elige entre {', '.join(PRECISIONS)}.")
         if push_to_hub and (engram_precision or variant or state_dict is not None):  # it saves once more, its own way
-            raise ValueError(f"push_to_hub subiría otra cosa. Guarda sin él y después: hf upload NOMBRE {save_directory}")
+            cure = f"Guarda sin él, y después: hf upload NOMBRE {save_directory}"
+            raise ValueError(f"push_to_hub subiría otra cosa. {cure}")
         code = __name__.split(".")[-1]  # either class opens what the other one saved
         classes = {"AutoModel": f"{code}.PhiEngramModel", "AutoModelForCausalLM": f"{code}.PhiEngramForCausalLM"}
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
