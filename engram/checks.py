@@ -142,10 +142,10 @@ def check_projection(tokenizer):
             texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(len(tokenizer))]
             plain = {i: text for i, text in enumerate(texts) if re.fullmatch(r"[ -~\t\r\n]+", text) and not later[i]}
             keys = {i: " ".join(text.lower().split()) or " " for i, text in plain.items()}
-            ids = {key: int(stored[i]) for i, key in keys.items()}
+            ids = {key: int(expected[i]) for i, key in keys.items()}
             several = {i for i, n in Counter(ids.values()).items() if n > 1}
             for i, key in keys.items():
-                bad[i] |= int(stored[i]) != ids[key] or ids[key] in several
+                bad[i] |= int(expected[i]) != ids[key] or ids[key] in several
         wrong = int(bad.sum())
         right = f"{spanish(len(stored) - wrong)} de {spanish(len(stored))} entradas son las de su tokenizer"
         return float(wrong), 0.0, right

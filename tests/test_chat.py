@@ -496,6 +496,7 @@ def test_finds_the_model_that_the_scripts_left(monkeypatch, tmp_path, capsys):
     "arguments, words",
     [
         (["--modelo", "no-existe"], "No existe la carpeta «no-existe»"),
+        (["--modelo", ""], "--modelo está vacío"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--temperatura", "-1"], "--temperatura -1:"),
         (["--temperatura", "0,x"], "--temperatura: «0,x» no es un número"),

@@ -252,7 +252,6 @@ def test_refused_arguments(small_phi, grafted, load, tmp_path, monkeypatch):
         (["--modelo", "mi-modela"], "No existe la carpeta «mi-modela». ¿Querías decir mi-modelo?"),
         (["--modelo", "./a/b"], "No existe la carpeta «./a/b»."),
         (["--modelo", "nota.txt"], "«nota.txt» es un archivo."),
-        (["--modelo", ""], "No existe la carpeta «»."),
         (["--modelo", "usuario/no existe"], "no es una carpeta ni un nombre del Hub"),
         (["--modelo", small_phi, "--capas", "1", "7"], "la capa 7 no existe. Las capas de este modelo van de 0 a 2"),
         (["--modelo", small_phi, "--salida", "."], "contiene «mi-modelo», que no es de este script"),
