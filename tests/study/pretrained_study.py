@@ -12,7 +12,8 @@ and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls 
 the winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small
 machine, one of 240 thirteen. A later part takes the best of earlier ones: it has no rows before these are done.
 
-Rows on an earlier base, in pretrained_results_primera_base.jsonl, left the worse rates out.
+Rows on an earlier base, in pretrained_results_primera_base.jsonl, left the worse rates out; those on a third one, with
+products in float32, are in pretrained_results_tercera_base.jsonl.
 """
 
 import json
