@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -122,9 +122,22 @@ def check_memory_acts(model, ids):
     return float(len(hooks) - len(works)), 0.0, f"{len(works)} de {len(hooks)} capas añaden algo"
 
 
+def misfolded(tokenizer, projection: list[int]) -> int:
+    """How many ASCII tokens are not told apart by what is left of them without capitals and white space alone."""
+    tokens, ids_of, texts_of = [], defaultdict(set), defaultdict(set)
+    for token, canonical in zip(range(len(tokenizer)), projection):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if re.fullmatch(r"[ -~\t\r\n]+", text):  # of which nothing else is folded
+            left = " ".join(text.lower().split())
+            tokens.append((left, canonical))
+            ids_of[left].add(canonical)
+            texts_of[canonical].add(left)
+    return sum(len(ids_of[left]) > 1 or len(texts_of[canonical]) > 1 for left, canonical in tokens)
+
+
 def check_projection(tokenizer):
     """How many entries of the stored vocabulary projection are not those of the tokenizer that goes with the model, or
-    tell plain tokens apart otherwise than by what is left of them without capitals and white space."""
+    are wrong in both, which the same function made."""
 
     def check(model, ids):
         config, stored = model.config, model.model.engram_hash.token_map.cpu()
@@ -137,16 +150,9 @@ def check_projection(tokenizer):
         later[list(tokenizer.get_added_vocab().values())] = True
         before = torch.cat((stored.new_tensor([-1]), stored.cummax(0).values[:-1]))
         later &= (stored == stored[config.engram_pad_id]) | (stored > before)
-        bad = (stored != expected) & ~later
-        if config.engram_tokenizer_compression:  # by Python's own means, for texts of which nothing else is folded
-            texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(len(tokenizer))]
-            plain = {i: text for i, text in enumerate(texts) if re.fullmatch(r"[ -~\t\r\n]+", text) and not later[i]}
-            keys = {i: " ".join(text.lower().split()) or " " for i, text in plain.items()}
-            ids = {key: int(expected[i]) for i, key in keys.items()}
-            several = {i for i, n in Counter(ids.values()).items() if n > 1}
-            for i, key in keys.items():
-                bad[i] |= int(expected[i]) != ids[key] or ids[key] in several
-        wrong = int(bad.sum())
+        wrong = int(((stored != expected) & ~later).sum())
+        if config.engram_tokenizer_compression:
+            wrong += misfolded(tokenizer, expected.tolist())
         right = f"{spanish(len(stored) - wrong)} de {spanish(len(stored))} entradas son las de su tokenizer"
         return float(wrong), 0.0, right
 
