@@ -123,7 +123,7 @@ def check_memory_acts(model, ids):
 
 
 def misfolded(tokenizer, projection: list[int]) -> int:
-    """How many of the first ASCII tokens are not told apart by what is left of them without capitals and white space."""
+    """How many of the first ASCII tokens are not told apart by what they are without capitals and white space."""
     tokens, ids_of, texts_of = [], defaultdict(set), defaultdict(set)
     for token, canonical in zip(range(min(5000, len(tokenizer))), projection):  # all 50,000 take seconds
         text = tokenizer.decode([token], skip_special_tokens=False)
