@@ -225,8 +225,7 @@ def own_accelerator():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_learned_and_measured_in_the_processors_own_precision(llama, own_accelerator, monkeypatch, dtype):
-    monkeypatch.setattr(methods, "CPU_DTYPE", dtype)
-    monkeypatch.setattr(pretrained, "CPU_DTYPE", dtype)
+    monkeypatch.setattr(pretrained, "DTYPE", dtype)
     seen, ids = [], torch.randint(1, 300, (200,))
     llama.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     recipe = SimpleNamespace(batch=2, length=16, seed=0, accumulate=1, clip=1.0, tokens_per_step=32)

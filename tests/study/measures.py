@@ -23,10 +23,11 @@ def own_texts(model, folder: Path) -> torch.Tensor:
         torch.manual_seed(0)
         with products():
             ids = model.generate(
-                torch.full((OLD, 1), SEPARATOR), attention_mask=torch.ones(OLD, 1), do_sample=True, top_k=0,
+                torch.full((OLD, 1), SEPARATOR, device=model.device),
+                attention_mask=torch.ones(OLD, 1, device=model.device), do_sample=True, top_k=0,
                 temperature=1.0, max_length=LENGTH, min_length=LENGTH, eos_token_id=SEPARATOR, pad_token_id=SEPARATOR,
             )  # fmt: skip
-        save_file({"ids": ids}, file)
+        save_file({"ids": ids.cpu()}, file)
     return load_file(file)["ids"]
 
 
@@ -34,7 +35,7 @@ def own_texts(model, folder: Path) -> torch.Tensor:
 def predictions(model, blocks: torch.Tensor):
     """Yield (ids that follow [B, T-1], log-probabilities of all tokens there [B, T-1, V])."""
     model.eval()
-    for ids in blocks.split(BATCH):
+    for ids in blocks.to(model.device).split(BATCH):
         with products():
             logits = model(ids, use_cache=False).logits
         yield ids[:, 1:], logits[:, :-1].float().log_softmax(-1)
@@ -45,7 +46,7 @@ def loss_and_hits(model, blocks) -> tuple[float, torch.Tensor]:
     losses, hits = [], []
     for following, log_p in predictions(model, blocks):
         losses.append(-log_p.gather(-1, following[..., None]).mean().item() * len(following))
-        hits.append(F.pad(log_p.argmax(-1) == following, (1, 0)))
+        hits.append(F.pad(log_p.argmax(-1) == following, (1, 0)).cpu())
     return sum(losses) / len(blocks), torch.cat(hits)
 
 

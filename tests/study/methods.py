@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engram.machines import CPU_DTYPE
 from engram.optimizers import make_optimizer
 from engram.rows import TrainedTables
 from engram.steps import run_steps
+from study import pretrained
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ class Mlp(nn.Module):
             )
             nn.init.normal_(part[1].weight, std=std)
             nn.init.zeros_(part[3].weight)
-            self.parts[layer] = part
+            self.parts[layer] = part.to(llama.device)
             llama.layers[int(layer)].register_forward_pre_hook(self.add(part))
 
     def add(self, part):
@@ -115,9 +115,9 @@ def learn(
         tables,
     )  # fmt: skip
     losses = []
-    precision = "bf16" if CPU_DTYPE == torch.bfloat16 else "no"
+    on_cpu, precision = pretrained.DEVICE.type == "cpu", "bf16" if pretrained.DTYPE == torch.bfloat16 else "no"
     run_steps(
-        Accelerator(cpu=True, mixed_precision=precision), model, optimizer, SimpleNamespace(train=ids), recipe,
+        Accelerator(cpu=on_cpu, mixed_precision=precision), model, optimizer, SimpleNamespace(train=ids), recipe,
         steps=steps, label="paso", offset=offset, on_step=lambda step, loss, seconds: losses.append(loss),
     )  # fmt: skip
     if tables:

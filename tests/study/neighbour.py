@@ -36,13 +36,13 @@ def neighbour_row(ruler, rate: float) -> dict:
         embedding_dim=2 * SHAPE["n_embed_per_ngram"], n_head_per_ngram=SHAPE["n_head_per_ngram"],
         tokenizer_name_or_path=str(ruler.folder),
     )  # fmt: skip
-    wrapped = get_engram_model(model, config, tokenizer, train_mode="engram_only").train()
+    wrapped = get_engram_model(model, config, tokenizer, train_mode="engram_only").to(model.device).train()
     optimizer = get_optimizer(wrapped, base_learning_rate=rate)
     rates = [group["lr"] for group in optimizer.param_groups]
     recipe = SimpleNamespace(batch=BATCH, length=LENGTH, seed=0)
     started, losses = time.perf_counter(), []
     for step in range(study.SHORT):
-        batch = batch_at(ids, step, recipe)
+        batch = batch_at(ids, step, recipe).to(model.device)
         with products():
             loss = wrapped(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()

@@ -55,7 +55,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phi
 BASE = CACHE / "smollm2"
 SEPARATOR = 0  # <|endoftext|>, between documents
 LENGTH, BATCH = 256, 4
-PRECISION = str(CPU_DTYPE).removeprefix("torch.")  # of products
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE, PRECISION = CPU_DTYPE, str(CPU_DTYPE).removeprefix("torch.")  # of products
+if DEVICE.type == "cuda":
+    DTYPE, PRECISION = torch.float32, "tf32"
+    torch.set_float32_matmul_precision("high")
 DOMAINS = ("sympy", "networkx", "transformers-2026")
 PROSE = ("numpy", "matplotlib", "torch", "huggingface_hub", "pip", "setuptools", "tokenizers", "accelerate")
 SUFFIXES = (".py", ".txt", ".md")  # of the standard library, whatever else counts as text by now
@@ -92,12 +96,12 @@ def open_package():
     del packed_model.config.quantization_config  # which would keep it from being saved
     model = LlamaForCausalLM(packed_model.config)
     model.load_state_dict(packed_model.state_dict())
-    return model, tokenizer
+    return model.to(DEVICE), tokenizer
 
 
 def products():
     """Matrices are multiplied in PRECISION; weights, the residual stream and the optimiser stay float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=CPU_DTYPE == torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == torch.bfloat16)
 
 
 # ---------- Text: whole files on one side or the other ----------
@@ -250,7 +254,10 @@ def loss_on(model, blocks) -> float:
     """Nats per token."""
     model.eval()
     with products():
-        losses = [model(ids, labels=ids, use_cache=False).loss.item() * len(ids) for ids in blocks.split(BATCH)]
+        losses = [
+            model(ids, labels=ids, use_cache=False).loss.item() * len(ids)
+            for ids in blocks.to(model.device).split(BATCH)
+        ]
     return sum(losses) / len(blocks)
 
 
@@ -306,7 +313,8 @@ def graft(model, tokenizer, **shape) -> Memory:
         vocab_size=own.vocab_size, hidden_size=own.hidden_size, num_hidden_layers=own.num_hidden_layers,
         num_attention_heads=own.num_attention_heads, engram_pad_id=SEPARATOR, **{**SHAPE, **shape},
     )  # fmt: skip
-    model.engram = Memory(model.model, tokenizer, config)  # in its name: the product's optimiser tells it apart by it
+    # In its name: the product's optimiser tells it apart by it.
+    model.engram = Memory(model.model, tokenizer, config).to(model.device)
     return model.engram
 
 
@@ -356,7 +364,7 @@ def continue_base(folder: Path):
         started = time.perf_counter()
         left = 1.0 if state["cooling"] is None else 1 - (step - state["cooling"]) / COOLDOWN
         optimizer.param_groups[0]["lr"] = BASE_RATE * min(left, (step + 1) / 20)
-        batch = batch_at(ids, step, PLAN)
+        batch = batch_at(ids, step, PLAN).to(DEVICE)
         model.train()
         with products():
             loss = model(batch, labels=batch, use_cache=False).loss

@@ -10,7 +10,8 @@ tests/study/pretrained_results.jsonl and never run twice: delete its line to run
 same blocks in the same order (but for its seed), is measured on the same ones, and says what it learned, what it forgot
 and which identifiers it completes. Parts: 1 rates; 2 other methods; 3 controls of content; 4 shapes of the memory; 6
 the winners, longer, in all domains, with three seeds. A row of 60 steps takes four minutes on one core of a small
-machine, one of 240 thirteen. A later part takes the best of earlier ones: it has no rows before these are done.
+machine, one of 240 thirteen; where there is a card, all is done on it. A later part takes the best of earlier ones: it
+has no rows before these are done.
 
 Rows on an earlier base, in pretrained_results_primera_base.jsonl, left the worse rates out; those on a third one, with
 products in float32, are in pretrained_results_tercera_base.jsonl.
@@ -33,7 +34,7 @@ from engram.console import SpanishParser, UserError, run_script, spanish
 from engram.steps import PHI_1_RECIPE
 from study import measures, methods, pretrained
 from study.measures import LONG, OLD, SHORT
-from study.pretrained import BASE, BATCH, DOMAINS, LENGTH, TENFOLD, graft, library_halves
+from study.pretrained import BASE, BATCH, DEVICE, DOMAINS, LENGTH, TENFOLD, graft, library_halves
 
 RESULTS = Path(__file__).with_name("pretrained_results.jsonl")
 HELD_OUT = 64  # blocks: 16,384 tokens of the domain
@@ -74,9 +75,12 @@ def study_rows(done: dict) -> dict[str, dict]:
         then = dict(rows["fases-altas"]["then"], everything=rate)
         rows[f"fases-altas-{rate:g}"] = dict(rows["fases-altas"], then=then)
         rows[f"largo-todo-{rate:g}"] = dict(rows["largo-todo"], everything=rate)
-    for name in ("fases-altas", "fases-lora", "largo-todo"):
-        for domain in DOMAINS[1:]:
-            rows[f"{name}-{domain}"] = dict(rows[name], domain=domain)
+    longer = [name for name in rows if name.startswith(("fases-altas", "fases-lora", "largo-todo"))]
+    for name in (name for name in longer if not name.endswith(("adafactor", *DOMAINS))):
+        for domain in DOMAINS:
+            there = name if domain == DOMAINS[0] else f"{name}-{domain}"
+            for seed in SEEDS:
+                rows[f"{there}-s{seed}" if seed else there] = dict(rows[name], domain=domain, seed=seed)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
@@ -132,7 +136,7 @@ def study_rows(done: dict) -> dict[str, dict]:
             del rows[name]  # done before, to choose the rates
         more = dict(parte=4, domain=TENFOLD[0])
         rows["texto-x10-nada"] = dict(more, steps=0)
-        for method in ("memoria", "lora8"):
+        for method in ("memoria", "lora8", "lora8-memoria", "todo"):
             rows[f"texto-x10-{method}"] = dict(more, steps=10 * SHORT, **finalists[method])
     for settings in rows.values():
         for key, value in dict(domain=DOMAINS[0], steps=SHORT, seed=0).items():
@@ -177,7 +181,7 @@ class Ruler:
 
     def open(self):
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        return model, transformers.AutoTokenizer.from_pretrained(self.folder)
+        return model.to(DEVICE), transformers.AutoTokenizer.from_pretrained(self.folder)
 
     def domain(self, name: str, tokenizer):
         """Token ids to train on, held-out blocks, the identifiers in these; its row is kept the first time."""
@@ -301,6 +305,8 @@ def run_rows(folder: Path, wanted):
         ).stdout.strip()
         total = time.perf_counter() - started - opened
         how = dict(total=total, threads=torch.get_num_threads(), precision=pretrained.PRECISION, commit=commit)
+        if DEVICE.type == "cuda":
+            how["card"] = torch.cuda.get_device_name()
         row = dict(fila=name, **settings, **measured, **how)
         keep(row)
         print(row, flush=True)
