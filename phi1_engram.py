@@ -613,6 +613,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_reader)  # a thread does not come along
 
 
+BESIDE = "las filas de la memoria están en RAM o en disco; torch.compile las quiere en 'gpu'"
+
+
 class EngramTable(nn.Module):
     """One layer's rows, all heads end to end (paper eq. 2). Zero means "never trained" and adds exactly nothing.
 
@@ -769,7 +772,7 @@ class EngramTable(nn.Module):
         rows = rows.view(*row_ids.shape, -1) if inverse is None else rows[inverse]
         return unpack(rows).to(row_ids.device)
 
-    @torch.compiler.disable(reason="las filas de la memoria están en RAM o en disco; torch.compile las quiere en 'gpu'")
+    @torch.compiler.disable(reason=BESIDE)
     def _brought(self, row_ids):
         coming, self._coming = self._coming, None
         if coming is None or coming[0] is not row_ids:
@@ -1718,6 +1721,10 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         for layer_id in indices:
             with_history(silence, self.layers[layer_id].engram.conv.history, cache, layer_id, state_idx=0)
 
+    @torch.compiler.disable(reason=BESIDE)
+    def _bring(self, indices: dict[int, torch.LongTensor]) -> dict[int, torch.Tensor]:
+        return {i: self.engram_tables[str(i)](index) for i, index in indices.items()}
+
     @capture_outputs
     @old_cache_name
     def forward(
@@ -1763,13 +1770,17 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         indices = {i: index for i, index in zip(config.engram_layer_ids, indices) if i < config.num_hidden_layers}
         self._check_writable()
         self._expect(indices, hidden, cache)
+        # A graph that is cut inside the loop is compiled layer by layer, and no more than eight: rows come before it.
+        ahead = torch.compiler.is_compiling() and any(table.brings for table in self.engram_tables.values())
+        brought = self._bring(indices) if ahead and self.use_memory else {}
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)
         for i, layer in zip(range(config.num_hidden_layers), self.layers):
             rows = None
             if self.use_memory and i in indices:
-                rows = self.facts[str(i)](self.engram_tables[str(i)](indices[i]), windows)
+                rows = brought[i] if brought else self.engram_tables[str(i)](indices[i])
+                rows = self.facts[str(i)](rows, windows)
             hidden = layer(
                 hidden, rows, real, attention=attention, attention_mask=causal_mask,
                 position_embeddings=position_embeddings, cache=cache, position_ids=position_ids, reach=reach, **kwargs,

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, CompileConfig
 
 import chat_phi_engram as chat_script
 import helpers
@@ -192,6 +193,22 @@ def test_compiled_from_ram_and_said_of_the_disk(saved):
         torch.compiler.reset()
         parts = torch.compile(opened(folders["float32"], "disco"), backend="eager")
         torch.testing.assert_close(parts(ids).logits, logits(model, ids), rtol=0, atol=1e-5)
+
+
+def test_what_is_compiled_of_a_model_with_its_rows_elsewhere(make_model, tmp_path):
+    """All layers in one graph: of graphs of one layer each, dynamo compiles eight."""
+    make_model(num_hidden_layers=10).save_pretrained(tmp_path)
+    model = opened(tmp_path, "disco")
+    ids = helpers.random_ids(model, 1, 9)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # generate compiles by itself on a card alone
+    greedy = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    torch.compiler.reset()
+    counters.clear()
+    found = model.generate(ids, cache_implementation="static", compile_config=config, **greedy)
+    assert torch.equal(found, model.generate(ids, **greedy))
+    assert counters["stats"]["unique_graphs"] < 10, dict(counters["stats"])
+    torch.compiler.reset()
 
 
 def test_a_forked_process_reads_too(saved):
