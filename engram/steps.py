@@ -45,11 +45,12 @@ class Recipe:
 
 
 # Found with a pretrained SmolLM2-135M (DOCUMENTACION_TECNICA.md, 6.1); Phi-1's real weights have not seen them yet.
-PHI_1_RECIPE = Recipe(2e-5, memory_rates=(3e-3, 3e-3), table_rates=(3e-2, 3e-2), batch=2, length=512, accumulate=8)
+PHI_1_RECIPE = Recipe(5e-5, memory_rates=(3e-3, 3e-3), table_rates=(3e-2, 3e-2), batch=2, length=512, accumulate=8)
 LORA_RECIPE = replace(PHI_1_RECIPE, backbone_rate=3e-3, weight_decay=0.0, lora=RANK)
 # With which trainings that are half done may have begun.
 EARLIER_RECIPES = (
-    replace(PHI_1_RECIPE, memory_rates=(3e-3, 1e-4), table_rates=(3e-2, 1e-3)),
+    replace(PHI_1_RECIPE, backbone_rate=2e-5),
+    replace(PHI_1_RECIPE, backbone_rate=2e-5, memory_rates=(3e-3, 1e-4), table_rates=(3e-2, 1e-3)),
     replace(PHI_1_RECIPE, backbone_rate=1e-5, memory_rates=(1e-4, 5e-5), table_rates=(1e-4, 5e-5)),
 )
 RATES = ("backbone_rate", "memory_rates", "table_rates")

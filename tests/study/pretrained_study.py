@@ -14,7 +14,8 @@ machine, one of 240 thirteen; where there is a card, all is done on it. A later 
 has no rows before these are done.
 
 Rows on an earlier base, in pretrained_results_primera_base.jsonl, left the worse rates out; those on a third one, with
-products in float32, are in pretrained_results_tercera_base.jsonl.
+products in float32, are in pretrained_results_tercera_base.jsonl; those on a fourth, all of it on an H100, in
+pretrained_results_cuarta_base.jsonl.
 """
 
 import json
@@ -65,11 +66,11 @@ def study_rows(done: dict) -> dict[str, dict]:
     rows["receta-adafactor"] = dict(rows["receta"], optimizer="adafactor")
     rows["largo-receta"] = dict(rows["receta"], steps=LONG)
     for name, rate in (("fases", 1e-4), ("fases-medias", 1e-3), ("fases-altas", 3e-3)):
-        then = dict(everything=PHI_1_RECIPE.backbone_rate, memory=dict(dense=rate, rows=10 * rate))
+        then = dict(everything=2e-5, memory=dict(dense=rate, rows=10 * rate))
         rows[name] = dict(rows["largo-receta"], then=then)
         rows[f"{name}-networkx"] = dict(rows[name], domain="networkx")
     rows["fases-lora"] = dict(rows["largo-receta"], then=dict(lora=dict(rank=8, rate=3e-3), memory=first))
-    rows["largo-todo"] = dict(parte=2, steps=LONG, everything=PHI_1_RECIPE.backbone_rate)
+    rows["largo-todo"] = dict(parte=2, steps=LONG, everything=2e-5)
     rows["largo-todo-adafactor"] = dict(rows["largo-todo"], optimizer="adafactor")
     for rate in (5e-5, 1e-4):  # of all weights, in both
         then = dict(rows["fases-altas"]["then"], everything=rate)
