@@ -1771,8 +1771,9 @@ class PhiEngramModel(PhiEngramPreTrainedModel):
         self._check_writable()
         self._expect(indices, hidden, cache)
         # A graph that is cut inside the loop is compiled layer by layer, and no more than eight: rows come before it.
-        ahead = torch.compiler.is_compiling() and any(table.brings for table in self.engram_tables.values())
-        brought = self._bring(indices) if ahead and self.use_memory else {}
+        ahead = self.use_memory and torch.compiler.is_compiling()
+        ahead = ahead and any(self.engram_tables[str(i)].brings for i in indices)
+        brought = self._bring(indices) if ahead else {}
         hidden = self.embed_dropout(hidden)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         position_embeddings = self.rotary_emb(hidden, position_ids)

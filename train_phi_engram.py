@@ -325,8 +325,8 @@ def run(args, accelerator, model, tokenizer, output: Path):
     together = f", entre {recipe.processes} procesos" if recipe.processes > 1 else ""
     first, second = (counted(steps, "paso") for steps in recipe.steps)
     print(f"Fase 1: {first}; fase 2: {second}; {tokens} tokens por paso{together}.")
-    print("Las tasas de la memoria son las que mejor fueron a otro modelo ya entrenado; con los pesos de Phi-1 aún no")
-    print("se han probado. Con --tasas cambian todas (0,3: un tercio).")
+    print("Las tasas salen de probar varias en otro modelo ya entrenado; con los pesos de Phi-1 aún no se han probado.")
+    print("Con --tasas cambian todas (0,3: un tercio).")
     try:
         outcome = train_model(
             model, tokenizer, corpus, recipe, output, resume=args.reanudar, save_every=args.guardar_cada,

@@ -73,7 +73,8 @@ def counts_row(ruler, model, tokenizer, steps: int) -> dict:
     ids, blocks, _ = ruler.domain(DOMAINS[0], tokenizer)
     recipe = SimpleNamespace(batch=BATCH, length=LENGTH, seed=0)
     read = torch.cat([batch_at(ids, number, recipe) for number in range(steps)])
-    base = torch.cat([p.gather(-1, then[..., None])[..., 0] for then, p in measures.predictions(model, blocks)]).exp()
+    said = measures.predictions(model, blocks)
+    base = torch.cat([p.gather(-1, then[..., None])[..., 0] for then, p in said]).exp().cpu()
     shares, times = zip(*(looked_up(following(read, order), blocks, order) for order in ORDERS))
     kinds = times[0] * (MOST + 1) + times[1]
     known = {f"vistos-{order}": (seen > 0).float().mean().item() for order, seen in zip(ORDERS, times)}

@@ -96,7 +96,7 @@ def open_package():
     del packed_model.config.quantization_config  # which would keep it from being saved
     model = LlamaForCausalLM(packed_model.config)
     model.load_state_dict(packed_model.state_dict())
-    return model.to(DEVICE), tokenizer
+    return model, tokenizer
 
 
 def products():
@@ -323,6 +323,7 @@ def graft(model, tokenizer, **shape) -> Memory:
 def continue_base(folder: Path):
     """Train all weights on one half of the library until the other half's loss is flat; resumes where it was."""
     model, tokenizer = open_package()
+    model.to(DEVICE)
     train, other, left_out = library_halves()
     ids, held_out = packed(tokenizer, train.values()), spread(packed(tokenizer, other.values()), 64)
     optimizer = torch.optim.AdamW(model.parameters(), BASE_RATE, weight_decay=0.0)

@@ -81,7 +81,8 @@ def study_rows(done: dict) -> dict[str, dict]:
         for domain in DOMAINS:
             there = name if domain == DOMAINS[0] else f"{name}-{domain}"
             for seed in SEEDS:
-                rows[f"{there}-s{seed}" if seed else there] = dict(rows[name], domain=domain, seed=seed)
+                parts = {} if there == name and not seed else dict(parte=6)
+                rows[f"{there}-s{seed}" if seed else there] = dict(rows[name], domain=domain, seed=seed, **parts)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
