@@ -233,7 +233,7 @@ def test_two_facts_on_one_ngram(tokenizer, reference):
     assert len(model.facts) == 1 and completion(model, tokenizer, two[0], " nothing.") == " nothing."
 
 
-def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference):
+def test_facts_that_end_alike_are_told_apart_by_longer_keys(phi1_tokenizer, tokenizer, reference):
     """The later one is recognised by more tokens; another sentence of that end gets neither."""
     one, two = ("My neighbour Tavrosk now works as a", " baker."), ("My neighbour Ocaso now works as a", " potter.")
     model = fresh(tokenizer)
@@ -248,7 +248,7 @@ def test_facts_that_end_alike_are_told_apart_by_longer_keys(tokenizer, reference
 
 
 @pytest.mark.parametrize("name", ["Bo", "Tavrosk", "Tavroskilandoravian"])
-def test_a_strange_name_leaves_room_for_the_words_before_it(tokenizer, name):
+def test_a_strange_name_leaves_room_for_the_words_before_it(phi1_tokenizer, tokenizer, name):
     """A key has five whole words, into however many tokens a name may fall."""
     one = triggers.lesson(tokenizer, torch.arange(51200), f"As we all know, my old neighbour {name} works as a", " b.")
     length = triggers.wished(tokenizer, one)
@@ -261,7 +261,7 @@ def test_a_line_without_words_asks_for_no_more_than_a_key_holds(tokenizer):
     assert triggers.wished(tokenizer, one) == triggers.LONGEST_KEY
 
 
-def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
+def test_a_line_of_code_is_recognised_after_any_other(phi1_tokenizer, tokenizer, reference):
     """Its key ends at the line's beginning."""
     model = fresh(tokenizer)
     fact = teach(model, tokenizer, "import zorlap\n\nzorlap.connect(", "port=7411)\n", reference=reference)
@@ -467,7 +467,7 @@ def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():
         assert chat_script.order(f"aprende {answer}", answered=True) == ("aprende", answer)
 
 
-def test_in_code_mode_both_sides_are_literal(tokenizer, monkeypatch, capsys):
+def test_in_code_mode_both_sides_are_literal(phi1_tokenizer, tokenizer, monkeypatch, capsys):
     model = fresh(tokenizer)
     said_in(["aprende def zas(x):\\n => \\n    return mipi"], model, tokenizer, monkeypatch, capsys, code=True)
     (fact,) = model.facts
@@ -634,7 +634,7 @@ def test_of_two_lines_with_one_prompt_the_later_holds(tokenizer, tmp_path):
     assert completion(model, tokenizer, *lines[1].values()) == " Pedro." and len(model.facts) == 1
 
 
-def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):
+def test_what_was_told_is_not_left_to_chance(phi1_tokenizer, tokenizer, monkeypatch, capsys):
     """However warm: only what follows a fact is drawn; silenced with the memory, all is."""
     model, asked = fresh(tokenizer), "La capital de Zubrowka es"
     lines = [f"aprende {asked} => Lutz", *[asked] * 4, "memoria no", *[asked] * 2]
