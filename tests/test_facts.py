@@ -248,12 +248,12 @@ def test_facts_that_end_alike_are_told_apart_by_longer_keys(phi1_tokenizer, toke
 
 
 @pytest.mark.parametrize("name", ["Bo", "Tavrosk", "Tavroskilandoravian"])
-def test_a_strange_name_leaves_room_for_the_words_before_it(phi1_tokenizer, tokenizer, name):
+def test_a_strange_name_leaves_room_for_the_words_before_it(tokenizer, name):
     """A key has five whole words, into however many tokens a name may fall."""
-    one = triggers.lesson(tokenizer, torch.arange(51200), f"As we all know, my old neighbour {name} works as a", " b.")
+    one = triggers.lesson(tokenizer, torch.arange(51200), f"As we all know, my old file {name} works as a", " b.")
     length = triggers.wished(tokenizer, one)
     assert length >= triggers.KEY
-    assert f"neighbour {name} works as a" in tokenizer.decode(one.ids[one.split - length : one.split])
+    assert f"file {name} works as a" in tokenizer.decode(one.ids[one.split - length : one.split])
 
 
 def test_a_line_without_words_asks_for_no_more_than_a_key_holds(tokenizer):
@@ -261,14 +261,14 @@ def test_a_line_without_words_asks_for_no_more_than_a_key_holds(tokenizer):
     assert triggers.wished(tokenizer, one) == triggers.LONGEST_KEY
 
 
-def test_a_line_of_code_is_recognised_after_any_other(phi1_tokenizer, tokenizer, reference):
+def test_a_line_of_code_is_recognised_after_any_other(tokenizer, reference):
     """Its key ends at the line's beginning."""
     model = fresh(tokenizer)
-    fact = teach(model, tokenizer, "import zorlap\n\nzorlap.connect(", "port=7411)\n", reference=reference)
-    line = tokenizer("zorlap.connect(", add_special_tokens=False).input_ids
+    fact = teach(model, tokenizer, "import zorlap\n\nzorlap.open(", "port=7411)\n", reference=reference)
+    line = tokenizer("zorlap.open(", add_special_tokens=False).input_ids
     assert fact.length == len(line) <= triggers.KEY
-    assert completion(model, tokenizer, "def go():\n    pass\n\nzorlap.connect(", "port=7411)\n") == "port=7411)\n"
-    one = triggers.lesson(tokenizer, torch.arange(51200), "import zorlap\n\nzorlap.connect(", " Lutz.")
+    assert completion(model, tokenizer, "def go():\n    pass\n\nzorlap.open(", "port=7411)\n") == "port=7411)\n"
+    one = triggers.lesson(tokenizer, torch.arange(51200), "import zorlap\n\nzorlap.open(", " Lutz.")
     assert triggers.wished(tokenizer, one) == len(line)
     triggers.choose_key(one, 3, 99, torch.arange(51200), reference)  # more than any key has
     assert one.length == min(triggers.LONGEST_KEY, one.split)
@@ -467,11 +467,11 @@ def test_aprende_is_an_order_only_with_an_arrow_or_after_an_answer():
         assert chat_script.order(f"aprende {answer}", answered=True) == ("aprende", answer)
 
 
-def test_in_code_mode_both_sides_are_literal(phi1_tokenizer, tokenizer, monkeypatch, capsys):
+def test_in_code_mode_both_sides_are_literal(tokenizer, monkeypatch, capsys):
     model = fresh(tokenizer)
-    said_in(["aprende def zas(x):\\n => \\n    return mipi"], model, tokenizer, monkeypatch, capsys, code=True)
+    said_in(["aprende def zasquim(x):\\n => \\n    return mipi"], model, tokenizer, monkeypatch, capsys, code=True)
     (fact,) = model.facts
-    assert (fact.prompt, fact.target) == ("def zas(x):\n", "\n    return mipi\n")
+    assert (fact.prompt, fact.target) == ("def zasquim(x):\n", "\n    return mipi\n")
 
 
 def test_a_folder_keeps_what_is_taught(tokenizer, tmp_path, monkeypatch, capsys):
@@ -634,7 +634,7 @@ def test_of_two_lines_with_one_prompt_the_later_holds(tokenizer, tmp_path):
     assert completion(model, tokenizer, *lines[1].values()) == " Pedro." and len(model.facts) == 1
 
 
-def test_what_was_told_is_not_left_to_chance(phi1_tokenizer, tokenizer, monkeypatch, capsys):
+def test_what_was_told_is_not_left_to_chance(tokenizer, monkeypatch, capsys):
     """However warm: only what follows a fact is drawn; silenced with the memory, all is."""
     model, asked = fresh(tokenizer), "La capital de Zubrowka es"
     lines = [f"aprende {asked} => Lutz", *[asked] * 4, "memoria no", *[asked] * 2]
@@ -645,8 +645,9 @@ def test_what_was_told_is_not_left_to_chance(phi1_tokenizer, tokenizer, monkeypa
                    temperature=5.0, max_tokens=30)  # fmt: skip
     assert said.out.count(f"{answer}.") == 6
     drawn = model.generate(
-        ids_of(tokenizer, asked), do_sample=True, temperature=5.0, max_new_tokens=2, logits_processor=[NoChance(model)]
-    )
+        ids_of(tokenizer, asked), do_sample=True, temperature=5.0, logits_processor=[NoChance(model)],
+        max_new_tokens=ids_of(tokenizer, " Lutz").shape[1],
+    )  # fmt: skip
     assert tokenizer.decode(drawn[0]).startswith(f"{asked} Lutz")
 
 
