@@ -76,13 +76,14 @@ def study_rows(done: dict) -> dict[str, dict]:
         then = dict(rows["fases-altas"]["then"], everything=rate)
         rows[f"fases-altas-{rate:g}"] = dict(rows["fases-altas"], then=then)
         rows[f"largo-todo-{rate:g}"] = dict(rows["largo-todo"], everything=rate)
-    longer = [name for name in rows if name.startswith(("fases-altas", "fases-lora", "largo-todo"))]
-    for name in (name for name in longer if not name.endswith(("adafactor", *DOMAINS))):
+    of_rates = [f"{name}-{rate:g}" for name in ("fases-altas", "largo-todo") for rate in (5e-5, 1e-4)]
+    for name in ("fases-altas", "fases-lora", "largo-todo", *of_rates):
         for domain in DOMAINS:
             there = name if domain == DOMAINS[0] else f"{name}-{domain}"
             for seed in SEEDS:
-                parts = {} if there == name and not seed else dict(parte=6)
-                rows[f"{there}-s{seed}" if seed else there] = dict(rows[name], domain=domain, seed=seed, **parts)
+                if seed or there != name:
+                    more = dict(parte=6, domain=domain, seed=seed)
+                    rows[f"{there}-s{seed}" if seed else there] = dict(rows[name], **more)
     for rank, rates in ((8, (3e-3, 1e-2)), (64, (1e-3,))):
         for rate in rates:
             rows[f"lora{rank}-{rate:g}"] = dict(parte=2, lora=dict(rank=rank, rate=rate))
